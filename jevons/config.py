@@ -1,0 +1,235 @@
+"""The shape of a model, in Hugging Face's field names. No torch here.
+
+One `ModelConfig` covers DeepSeek-V3/R1 and the dense Qwen2 and Llama students. `from_hf` reads a `config.json`
+and refuses, by name, what would change the mathematics and is not implemented; `to_hf` writes one that
+`transformers` opens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+DEEPSEEK_V3 = "DeepseekV3ForCausalLM"
+QWEN2 = "Qwen2ForCausalLM"
+LLAMA = "LlamaForCausalLM"
+MODEL_TYPES = {DEEPSEEK_V3: "deepseek_v3", QWEN2: "qwen2", LLAMA: "llama"}
+
+# Fields of published configs that say nothing about the mathematics of a forward pass here.
+_IGNORED = {
+    "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "auto_map", "pad_token_id",
+    "attention_dropout", "ep_size", "pretraining_tp", "seq_aux", "moe_layer_freq", "rope_interleave", "pad_token",
+    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "qk_head_dim", "mlp_bias",
+    "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_mtp",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, the value and what would be right."""
+
+
+class ModelConfig(BaseModel):
+    """Everything a network's shape depends on; the names are those of Hugging Face's `config.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: Literal["DeepseekV3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"] = DEEPSEEK_V3
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.006  # V3 report, section 4.2
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    hidden_act: Literal["silu"] = "silu"
+
+    # dense (Qwen2, Llama)
+    head_dim: int | None = None
+    attention_bias: bool = False
+
+    # multi-head latent attention
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+
+    # mixture of experts
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    norm_topk_prob: bool = True
+    first_k_dense_replace: int = 0
+    aux_loss_alpha: float = 0.0001  # sequence-wise balance loss, V3 report section 4.2
+
+    # multi-token prediction
+    num_nextn_predict_layers: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                raise ConfigError(message)
+
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        if self.is_moe:
+            need(self.n_routed_experts % self.n_group == 0,
+                 f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+            need(1 <= self.topk_group <= self.n_group, f"topk_group {self.topk_group} must lie in 1..n_group {self.n_group}")
+            reachable = self.n_routed_experts // self.n_group * self.topk_group
+            need(1 <= self.num_experts_per_tok <= reachable,
+                 f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..{reachable} (the experts of topk_group groups)")
+            need(self.n_routed_experts // self.n_group >= 2 or self.n_group == 1,
+                 "a group must hold at least two experts: its score is the sum of its two best")
+        if self.is_deepseek:
+            need(self.qk_rope_head_dim % 2 == 0 and self.qk_rope_head_dim > 0, "qk_rope_head_dim must be even and positive")
+            need(self.kv_lora_rank > 0 and self.v_head_dim > 0, "kv_lora_rank and v_head_dim must be positive")
+        else:
+            need(self.hidden_size % self.num_attention_heads == 0 or self.head_dim is not None,
+                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+            need(self.num_attention_heads % self.kv_heads == 0,
+                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.kv_heads}")
+        return self
+
+    @property
+    def is_deepseek(self) -> bool:
+        return self.architecture == DEEPSEEK_V3
+
+    @property
+    def is_moe(self) -> bool:
+        return self.n_routed_experts > 0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def per_head_dim(self) -> int:
+        """Query/key width per head: 192 in V3 (128 + 64), head_dim in dense models."""
+        if self.is_deepseek:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def layer_is_moe(self, index: int) -> bool:
+        """Layers past `first_k_dense_replace`, the MTP layer (index `num_hidden_layers`) included, are MoE."""
+        return self.is_moe and index >= self.first_k_dense_replace
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face `config.json`. Raises ConfigError naming the field that is unknown or unsupported."""
+        architectures = raw.get("architectures") or ["?"]
+        architecture = architectures[0]
+        if architecture not in MODEL_TYPES:
+            raise ConfigError(f"{source}: architectures {architectures} is not one of {sorted(MODEL_TYPES)}")
+        known = set(cls.model_fields) - {"architecture"}
+        values: dict[str, Any] = {"architecture": architecture, "initializer_range": 0.02}
+        rope = dict(raw.get("rope_parameters") or {})  # transformers 5 folds theta and scaling into one field
+        for key, value in raw.items():
+            if key in known:
+                values[key] = value
+            elif key not in _IGNORED | {"architectures", "rope_parameters", "quantization_config"}:
+                raise ConfigError(f"{source}: field {key!r} = {value!r} is not known and might change the mathematics")
+        if rope:
+            values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+            values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        if architecture == DEEPSEEK_V3:
+            values.pop("num_key_value_heads", None)  # the latent is shared by all heads; the field says nothing
+        if architecture == QWEN2:
+            values["attention_bias"] = True  # q, k and v carry one, o does not; the published config is silent
+        if raw.get("quantization_config"):
+            raise ConfigError(f"{source}: quantization_config {raw['quantization_config']} is not supported yet")
+        if values.get("rope_scaling"):
+            raise ConfigError(f"{source}: rope_scaling {values['rope_scaling']} is not supported yet; null would be right")
+        if raw.get("use_sliding_window"):
+            raise ConfigError(f"{source}: use_sliding_window true is not supported; false would be right")
+        if raw.get("mlp_bias"):
+            raise ConfigError(f"{source}: mlp_bias true is not supported; false would be right")
+        if architecture == LLAMA and values.get("attention_bias"):
+            raise ConfigError(f"{source}: attention_bias true is not supported for Llama; false would be right")
+        for name in ("bos_token_id", "eos_token_id"):
+            if isinstance(values.get(name), list):
+                values[name] = values[name][0]
+            elif values.get(name, 0) is None:
+                values.pop(name)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this model, as `transformers`, vLLM and llama.cpp's converter expect it."""
+        values = self.model_dump(exclude={"architecture"})
+        common = {"architectures": [self.architecture], "model_type": MODEL_TYPES[self.architecture], "torch_dtype": "float32"}
+        moe_only = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                    "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group",
+                    "topk_group", "routed_scaling_factor", "scoring_func", "topk_method", "norm_topk_prob",
+                    "first_k_dense_replace", "aux_loss_alpha", "num_nextn_predict_layers"}
+        if self.is_deepseek:
+            values["num_key_value_heads"] = self.num_attention_heads
+            values.pop("head_dim")
+        else:
+            values = {k: v for k, v in values.items() if k not in moe_only}
+            values["num_key_value_heads"] = self.kv_heads
+            if self.architecture == QWEN2:
+                values.pop("attention_bias")
+            if self.head_dim is None:
+                values.pop("head_dim")
+        return common | values
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ModelConfig:
+        """The config of a checkpoint directory. Raises ConfigError naming the file."""
+        path = Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist; a checkpoint directory holds config.json beside its safetensors") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} holds {type(raw).__name__}; an object would be right")
+        return cls.from_hf(raw, str(path))
+
+
+_TINY = dict(
+    vocab_size=512, hidden_size=128, intermediate_size=384, moe_intermediate_size=64, num_hidden_layers=4,
+    num_attention_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
+    routed_scaling_factor=1.0, first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
+    qk_rope_head_dim=32, v_head_dim=32, num_nextn_predict_layers=1, max_position_embeddings=1024, initializer_range=0.02,
+)
+
+# Tiny presets: every V3 feature on, every matrix dimension a multiple of 32, trainable on two CPU cores.
+PRESETS: dict[str, dict[str, Any]] = {
+    "v3-nano": _TINY | dict(hidden_size=64, num_attention_heads=2, intermediate_size=128, moe_intermediate_size=32,
+                            num_hidden_layers=2, q_lora_rank=32, kv_lora_rank=32),
+    "v3-tiny": _TINY,
+    "v3-small": _TINY | dict(hidden_size=192, num_attention_heads=6, intermediate_size=576, moe_intermediate_size=96,
+                             n_routed_experts=16, num_hidden_layers=6),
+}
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """A preset by name, with fields changed. Raises ConfigError naming the presets there are."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not one of {sorted(PRESETS)}")
+    return ModelConfig(**(PRESETS[name] | changes))

@@ -1,0 +1,61 @@
+"""What goes into and comes out of the engine: `Request`, `TokenEvent`, `Completion`. No torch here."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class PromptTooLong(ValueError):
+    """The prompt does not fit the context; it is never truncated."""
+
+
+class QueueFull(RuntimeError):
+    """The waiting queue is at its bound; `retry_after` is a hint in seconds."""
+
+    retry_after: float = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `temperature` 0 is greedy. Noise is a function of (seed, position) only."""
+
+    max_tokens: int | None = None  # None: as far as the context reaches
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()  # strings; the text ends before the first one found in the output
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's eos
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one request, or its end. The last event of a request has `finish_reason` set.
+
+    `token_id` is None on an end without a token (cancelled, error). `logprob` is that of the distribution sampled
+    from, temperature included, top-p not (what the trainer's importance weights need)."""
+
+    request_id: str
+    token_id: int | None
+    logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass
+class Completion:
+    request_id: str
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)  # the eos, where the model produced it, included
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
