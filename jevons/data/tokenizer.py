@@ -1,0 +1,196 @@
+"""Byte-level BPE with Qwen2's pre-tokenizer (single digits, NFC), DeepSeek's special tokens and R1's chat template.
+
+Text goes to ids by a tokenizer that knows no special tokens, so what a user types can never become one; ids go to
+text by one that knows them all. What `save` writes, `transformers.AutoTokenizer` opens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from jevons.chat import ASSISTANT, BOS, CHAT_TEMPLATE, END_THINK, EOS, PAD, SPECIAL_TOKENS, THINK, USER, Renderer
+
+# Qwen2's tokenizer.json, as llama.cpp knows it by the name "qwen2": every digit is a word of its own.
+PRETOKENIZE_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PLACEHOLDER = "<｜place▁holder▁no▁{}｜>"  # DeepSeek's name for ids that mean nothing
+_SHOWN = (THINK, END_THINK)  # R1 keeps its tags when special tokens are skipped; parsers rely on it
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be trained, read or used; the message names the file or the value."""
+
+
+class DecodeStream:
+    """Ids to text one at a time: `step` gives None while a character is incomplete, never a part of one."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special: bool):
+        self._tokenizer = tokenizer
+        self._stream = decoders.DecodeStream(skip_special_tokens=skip_special)
+
+    def step(self, token_id: int) -> str | None:
+        return self._stream.step(self._tokenizer, token_id)
+
+
+class Tokenizer:
+    """`special` maps each of chat.SPECIAL_TOKENS to its id; `vocab_size` is the largest id plus one."""
+
+    def __init__(self, full: tokenizers.Tokenizer, special: dict[str, int], config: dict[str, Any] | None = None):
+        self._full = full
+        # A copy of it without added tokens: the one that reads text.
+        raw = json.loads(full.to_str()) | {"added_tokens": [], "post_processor": None}
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        self._config = config or {}
+        self.special = special
+        self.vocab_size = max(full.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def bos_id(self) -> int:
+        return self.special[BOS]
+
+    @property
+    def eos_id(self) -> int:
+        return self.special[EOS]
+
+    @property
+    def pad_id(self) -> int:
+        return self.special[PAD]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; the text of a special token is text like any other. Lone surrogates become `?`."""
+        return self._plain.encode(_clean(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, faster."""
+        return [e.ids for e in self._plain.encode_batch([_clean(t) for t in texts], add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ids, special tokens as their text. `skip_special` leaves them out, except `<think>` and `</think>`."""
+        return self._full.decode(list(ids), skip_special_tokens=skip_special)
+
+    def decode_stream(self, skip_special: bool = True) -> DecodeStream:
+        """Ids to text as they come, by the same rules as `decode(ids, skip_special)`; the thought's tags are shown."""
+        return DecodeStream(self._full, skip_special)
+
+    def renderer(self) -> Renderer:
+        return Renderer(self.encode, self.special)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json. The same tokenizer always gives the same bytes."""
+        names = {index: token for token, index in self._full.get_vocab(with_added_tokens=True).items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": names[self.bos_id], "eos_token": names[self.eos_id], "pad_token": names[self.pad_id],
+            "add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+            "model_max_length": 1_000_000_000, "chat_template": CHAT_TEMPLATE,
+        } | self._config
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Read a directory's tokenizer.json, Jevons' own or a foreign one.
+
+        A foreign one may lack DeepSeek's tokens. Its own bos, eos and pad then take their part, and the chat tokens
+        get ids that its model has rows for and its tokenizer leaves unused. Raises TokenizerError if there are none.
+        """
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(f"{path} does not exist; a checkpoint directory holds tokenizer.json beside config.json")
+        try:
+            full = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from None
+        model = _read_json(path.with_name("config.json"))
+        config = _read_json(path.with_name("tokenizer_config.json"))
+        return cls(full, _find_special(full, model, config, str(path)), {"model_max_length": config["model_max_length"]}
+                   if isinstance(config.get("model_max_length"), int) else None)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` ids: special tokens (bos 0, eos 1, pad 2, ...), 256 bytes, merges, and
+    placeholders where the texts give fewer merges. Equal texts in equal order give an equal tokenizer.
+    """
+    least = len(SPECIAL_TOKENS) + 256
+    if vocab_size < least or vocab_size % 32:
+        raise TokenizerError(f"vocab_size is {vocab_size}; a multiple of 32 not under {-(-least // 32) * 32} would be right")
+    full = tokenizers.Tokenizer(models.BPE())
+    full.normalizer = normalizers.NFC()
+    full.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    full.decoder = decoders.ByteLevel()
+    full.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[_added(t) for t in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ))
+    full.add_tokens([_added(PLACEHOLDER.format(i)) for i in range(vocab_size - full.get_vocab_size())])
+    raw = json.loads(full.to_str())  # the trainer marks every one of them special
+    raw["added_tokens"] = [token | {"special": token["content"] not in _SHOWN} for token in raw["added_tokens"]]
+    full = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    return Tokenizer(full, {token: full.token_to_id(token) for token in SPECIAL_TOKENS})
+
+
+def _added(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False, special=token not in _SHOWN)
+
+
+def _clean(text: str) -> str:
+    """Lone surrogates, which JSON can carry and UTF-8 cannot, as `?`."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not JSON: {error}") from None
+    return raw if isinstance(raw, dict) else {}
+
+
+def _find_special(full: tokenizers.Tokenizer, model: dict, config: dict, source: str) -> dict[str, int]:
+    """Ids of SPECIAL_TOKENS in a tokenizer that may lack some; those without a stand-in are added to it."""
+    special = {token: full.token_to_id(token) for token in SPECIAL_TOKENS}
+
+    def own(role: str) -> int | None:
+        """The id of its own bos, eos or pad: by tokenizer_config.json, else by config.json."""
+        token = config.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        index = full.token_to_id(token) if isinstance(token, str) else None
+        if index is None:
+            index = model.get(f"{role}_token_id")
+        index = index[0] if isinstance(index, list) and index else index
+        return index if isinstance(index, int) else None
+
+    if special[EOS] is None:
+        special[EOS] = own("eos")
+    if special[EOS] is None:
+        raise TokenizerError(f"{source}: no end-of-sequence token; eos_token in tokenizer_config.json would name it")
+    for token, role in ((BOS, "bos"), (PAD, "pad")):
+        if special[token] is None:
+            index = own(role)
+            special[token] = special[EOS] if index is None else index
+    missing = [token for token in (USER, ASSISTANT, THINK, END_THINK) if special[token] is None]
+    if missing:
+        # Added tokens follow the largest id, which must not be past the model's last embedding row.
+        used = max(full.get_vocab(with_added_tokens=True).values()) + 1
+        rows = model.get("vocab_size", 0)
+        if used + len(missing) > rows:
+            raise TokenizerError(f"{source} lacks {', '.join(missing)}, and of the model's {rows} embedding rows {used} are "
+                                 f"in use; a vocab_size of at least {used + len(missing)} in config.json would be right")
+        full.add_tokens([_added(token) for token in missing])
+        special |= {token: full.token_to_id(token) for token in missing}
+    return special
