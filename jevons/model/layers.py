@@ -1,0 +1,93 @@
+"""The small parts: linear, norm, SwiGLU MLP, rotary tables.
+
+Shape suffixes in this room: N flat tokens, B rows, T row length, S sequences, D hidden, F intermediate, H heads,
+R rotary width, C latent width (kv_lora_rank), E experts, K experts per token, V vocabulary, L cached length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jevons.numerics import linear
+
+HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
+
+
+class Linear(nn.Module):
+    """A projection [in -> out] whose rows may hold several published projections of the same input, fused.
+
+    `parts` maps each Hugging Face name (without `.weight`) to its number of rows, in order; None: not fused.
+    """
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = False, parts: dict[str, int] | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.parts = parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def hf_views(self, name: str) -> Iterator[HFView]:
+        """Published names beside `name`, this module's own local name, with views of the rows they own."""
+        parts = self.parts or {name: self.weight.shape[0]}
+        row = 0
+        for part, rows in parts.items():
+            yield f"{part}.weight", self.weight[row : row + rows]
+            if self.bias is not None:
+                yield f"{part}.bias", self.bias[row : row + rows]
+            row += rows
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] in the input's precision; the mean of squares is taken in float32."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x), gate and up fused."""
+
+    def __init__(self, dim: int, inter: int):
+        super().__init__()
+        self.gate_up_proj = Linear(dim, 2 * inter, parts={"gate_proj": inter, "up_proj": inter})
+        self.down_proj = Linear(inter, dim)
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x_ND).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def rotary_table(dim: int, length: int, theta: float) -> torch.Tensor:
+    """cos and sin of every position: [length, 2, dim/2], float32 (angles in float64: position 1e5 loses digits else)."""
+    inv = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * inv
+    return torch.stack([angle.cos(), angle.sin()], dim=1).float()
+
+
+def rotate(x1: torch.Tensor, x2: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs (x1, x2) [N, ..., R/2] by `rope` [N, 2, R/2] -> [N, ..., R], first halves then second halves."""
+    cos, sin = rope.unbind(1)
+    if x1.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x1.dtype)
+
+
+def rotate_interleaved(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """DeepSeek's pairs are adjacent dims. The result is de-interleaved: queries and keys alike, so scores are the same."""
+    return rotate(x[..., 0::2], x[..., 1::2], rope)
+
+
+def rotate_half(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Qwen2's and Llama's pairs are dim i and dim i + R/2."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return rotate(x1, x2, rope)

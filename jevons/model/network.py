@@ -1,0 +1,220 @@
+"""`CausalLM`: DeepSeek-V3 with its MTP module, or a dense Qwen2/Llama, from one `ModelConfig`.
+
+Two forwards: `forward` on ragged flat tokens over a paged cache (everything the engine does), and `forward_rows` on
+training rows [B, T]. Parameters may be fused in memory; `hf_state_dict` shows them under their published names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from jevons.config import ModelConfig
+from jevons.model.attention import GQA, MLA
+from jevons.model.cache import BatchMeta, KVCache
+from jevons.model.layers import MLP, HFView, Linear, RMSNorm, rotary_table
+from jevons.model.moe import Gate, MoE, Routing
+
+
+class Block(nn.Module):
+    """Pre-norm: x += attention(norm(x)); x += ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.self_attn = MLA(config) if config.is_deepseek else GQA(config)
+        self.mlp = MoE(config) if config.layer_is_moe(index) else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_ND, attend, rows: int = 0) -> tuple[torch.Tensor, Routing | None]:
+        """`attend(module, x)` runs this layer's attention, cached or expanded."""
+        x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND))
+        h = self.post_attention_layernorm(x_ND)
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(h, rows)
+            return x_ND + y, routing
+        return x_ND + self.mlp(h), None
+
+
+class MTPLayer(Block):
+    """One multi-token-prediction module (report section 2.2): predicts t_{i+2} from h_i and the embedding of t_{i+1}."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__(config, index)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def merge(self, hidden_ND, embed_ND) -> torch.Tensor:
+        # released weights want cat[embed, hidden], the reverse of the report's eq. 21; hidden comes after the final norm
+        return self.eh_proj(torch.cat([self.enorm(embed_ND), self.hnorm(hidden_ND)], dim=-1))
+
+
+@dataclass
+class TrainOutput:
+    """What `forward_rows` returns. Hidden states are normed: the head goes on top as they are."""
+
+    hidden_ND: torch.Tensor
+    mtp_hidden_ND: torch.Tensor | None  # at token i: predicts token i + 2
+    load_RE: torch.Tensor | None  # tokens per expert for every router, in the order of `routers()`, MTP last
+    balance_loss: torch.Tensor  # mean over routers, before alpha
+
+
+class CausalLM(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.mtp = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
+        rope_dim = config.qk_rope_head_dim if config.is_deepseek else config.per_head_dim
+        self.register_buffer("rope", rotary_table(rope_dim, config.max_position_embeddings, config.rope_theta), persistent=False)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Matrices and embeddings normal with std `initializer_range`, norms 1, biases 0 (report section 4.2)."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() >= 2:
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            for gate in self.routers():
+                gate.e_score_correction_bias.zero_()
+
+    def routers(self) -> list[Gate]:
+        """Every gate there is, the MTP module's last: balancing must reach all of them."""
+        return [block.mlp.gate for block in [*self.layers, *self.mtp] if isinstance(block.mlp, MoE)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden)
+
+    def forward(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
+        """Ragged flat tokens of S sequences -> normed hidden states [N, D]. Prefill, chunked prefill, decode and the
+        verification of drafts are this one call; `cache` receives the new tokens' entries."""
+        rope = self.rope[positions_N]
+        x = self.embed_tokens(tokens_N)
+        for index, block in enumerate(self.layers):
+            x, _ = block(x, lambda attn, h, index=index: attn.cached(h, rope, index, cache, meta))
+        return self.norm(x)
+
+    def forward_mtp(self, hidden_N: torch.Tensor, next_tokens_N: torch.Tensor, positions_N: torch.Tensor, cache: KVCache,
+                    meta: BatchMeta, depth: int = 0) -> torch.Tensor:
+        """The MTP module over a cache of its own: hidden states of `forward` and the tokens that follow them -> normed
+        hidden states whose logits predict the token after those."""
+        layer, rope = self.mtp[depth], self.rope[positions_N]
+        x = layer.merge(hidden_N, self.embed_tokens(next_tokens_N))
+        x, _ = layer(x, lambda attn, h: attn.cached(h, rope, depth, cache, meta))
+        return layer.shared_head["norm"](x)
+
+    def forward_rows(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, mask_BTT: torch.Tensor | None = None,
+                     mtp: bool = True, detach_trunk: bool = False) -> TrainOutput:
+        """Training rows. `mask_BTT` is True where a query may look (causal included); None: plain causal rows.
+
+        With `mtp` the MTP module runs too; at a row's last token it is fed the row's first (its loss weight must be 0).
+        `detach_trunk` keeps its gradient out of the trunk, the embedding included.
+        """
+        rows = tokens_BT.shape[0]
+        rope = self.rope[positions_BT.flatten()]
+        x = self.embed_tokens(tokens_BT.flatten())
+        routings: list[Routing] = []
+
+        def attend(attn, h):
+            return attn.expanded(h, rope, rows, mask_BTT)
+
+        for block in self.layers:
+            x, routing = block(x, attend, rows)
+            routings += [routing] if routing is not None else []
+        hidden = self.norm(x)
+        mtp_hidden = None
+        if mtp and self.mtp:
+            layer = self.mtp[0]
+            embed = self.embed_tokens(tokens_BT.roll(-1, dims=1).flatten())
+            trunk = hidden
+            if detach_trunk:
+                trunk, embed = trunk.detach(), embed.detach()
+            y, routing = layer(layer.merge(trunk, embed), attend, rows)
+            routings += [routing] if routing is not None else []
+            mtp_hidden = layer.shared_head["norm"](y)
+        load = torch.stack([r.load_E for r in routings]) if routings else None
+        balance = torch.stack([r.balance_loss for r in routings]).mean() if routings else hidden.new_zeros(())
+        return TrainOutput(hidden, mtp_hidden, load, balance)
+
+    # -- published names --------------------------------------------------------------------------------------------
+
+    def _hf_views(self) -> Iterator[HFView]:
+        yield "model.embed_tokens.weight", self.embed_tokens.weight
+        for index, block in enumerate([*self.layers, *self.mtp]):
+            prefix = f"model.layers.{index}"
+            yield from _walk(block, prefix)
+            if isinstance(block, MTPLayer):  # published checkpoints carry copies of both under the MTP layer
+                yield f"{prefix}.embed_tokens.weight", self.embed_tokens.weight
+                yield f"{prefix}.shared_head.head.weight", self.lm_head.weight
+        yield "model.norm.weight", self.norm.weight
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", self.lm_head.weight
+
+    def hf_state_dict(self) -> dict[str, torch.Tensor]:
+        """Published name -> view of the parameter (or of the rows of it) that holds the tensor."""
+        return {name: view.detach() for name, view in self._hf_views()}
+
+    def load_hf_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy published tensors in. Strict: raises KeyError for missing or surplus names, ValueError for a wrong shape."""
+        views = self.hf_state_dict()
+        copies = {name for name in views if name.endswith((".shared_head.head.weight", "embed_tokens.weight"))
+                  and name != "model.embed_tokens.weight"}
+        missing = sorted(set(views) - copies - set(tensors))
+        surplus = sorted(set(tensors) - set(views) - ({"lm_head.weight"} if self.config.tie_word_embeddings else set()))
+        if missing or surplus:
+            raise KeyError(f"checkpoint lacks {missing[:5] or 'nothing'}" f" and has unknown {surplus[:5] or 'nothing'}")
+        for name, view in views.items():
+            if name in copies:
+                main = "lm_head.weight" if "shared_head" in name else "model.embed_tokens.weight"
+                if name in tensors and not torch.equal(tensors[name], tensors.get(main, tensors["model.embed_tokens.weight"])):
+                    raise ValueError(f"{name} differs from {main}; the MTP module shares it")
+                continue
+            if view.shape != tensors[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; {tuple(view.shape)} would be right")
+            view.copy_(tensors[name])
+
+    def matrix_parts(self) -> dict[str, list[int]]:
+        """Rows of each published matrix within every matrix parameter (fused ones hold several), for Muon.
+
+        Embedding, head and gates are left out: they are not hidden matrices."""
+        parts: dict[str, list[int]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module is not self.lm_head:
+                parts[f"{name}.weight"] = list((module.parts or {"": module.weight.shape[0]}).values())
+            elif isinstance(module, MoE):
+                inter = module.experts.inter
+                parts[f"{name}.experts.gate_up_proj"] = [inter, inter]
+                parts[f"{name}.experts.down_proj"] = [module.experts.down_proj.shape[1]]
+        return parts
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[HFView]:
+    """Published names below `prefix`: a module with `hf_views` names its own, others go by their attributes' names."""
+    for name, child in module.named_children():
+        if hasattr(child, "hf_views"):
+            for local, view in child.hf_views(name):
+                yield f"{prefix}.{local}", view
+        else:
+            yield from _walk(child, f"{prefix}.{name}")
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{prefix}.{name}", parameter
+
+
+def build_model(config: ModelConfig, seed: int | None = None, device: torch.device | str = "cpu") -> CausalLM:
+    """The network of `config`; initialised with `seed`, or left uninitialised for loading (None)."""
+    with torch.device(device):
+        model = CausalLM(config)
+    if seed is not None:
+        model.init_weights(torch.Generator(device="cpu").manual_seed(seed))
+    return model
