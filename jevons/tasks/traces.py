@@ -1,0 +1,185 @@
+"""Worked Countdown thoughts of mixed quality, with backtracking, for a model that starts from nothing.
+
+Each thought has a hidden author. The planner searches completely and says which number it uses last; the hasty one
+looks at a part of that and guesses; the wanderer tries whole expressions at random. All three do their arithmetic
+right. Their first words differ, so reinforcement learning has something to choose between. Texts are compact
+(`3*7=21`, no spaces) because a space before a digit is a token of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from jevons.tasks.expression import Tree, write
+
+AUTHORS = {"planner": 0.4, "hasty": 0.3, "wanderer": 0.3}
+TAKES = 6  # first steps that a planner tries with four or more numbers
+WANDERINGS = 5  # mean number of expressions that a wanderer tries
+MAX_WANDERINGS = 12
+
+Piece = tuple[int, Tree]  # a number on the table and how it was made
+
+
+def write_trace(numbers: Sequence[int], target: int, rng: random.Random, authors: dict[str, float]) -> str:
+    """`thought</think>\\nanswer`. The answer uses every number once; it reaches the target only if the author found how."""
+    name = rng.choices(list(authors), list(authors.values()))[0]
+    author = {"planner": _planner, "hasty": _hasty, "wanderer": _wanderer}[name]
+    thought, answer = author([(n, n) for n in numbers], target, rng)
+    return f"{thought}</think>\n{write(answer)}"
+
+
+def check_authors(authors: dict[str, float]) -> dict[str, float]:
+    """The weights themselves. Raises ValueError for an unknown author, a negative weight, or no weight at all."""
+    for name, weight in authors.items():
+        if name not in AUTHORS:
+            raise ValueError(f"authors: unknown author {name!r}; known: {', '.join(AUTHORS)}")
+        if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise ValueError(f"authors.{name}: weight must be a number >= 0, got {weight!r}")
+    if sum(authors.values()) <= 0:
+        raise ValueError(f"authors: at least one of {', '.join(AUTHORS)} needs a weight above 0")
+    return authors
+
+
+def _combine(x: Piece, y: Piece) -> Iterator[tuple[str, Piece]]:
+    """Results of two numbers in the order that they are tried: x+y, larger-smaller, x*y, larger/smaller if it divides.
+
+    Yields the step as text (`7-3=4`) and the piece it makes.
+    """
+    (a, p), (b, q) = x, y
+    yield f"{a}+{b}={a + b}", (a + b, ("+", p, q))
+    (c, r), (d, s) = (x, y) if a >= b else (y, x)
+    yield f"{c}-{d}={c - d}", (c - d, ("-", r, s))
+    yield f"{a}*{b}={a * b}", (a * b, ("*", p, q))
+    if d and c % d == 0:
+        yield f"{c}/{d}={c // d}", (c // d, ("/", r, s))
+
+
+def _needs(target: int, last: int, brief: bool) -> dict[int, str]:
+    """What the other numbers must make so that `last` finishes the sum, and how: `p` is theirs, `c` is the last one.
+
+    Always in the order |t-c|, t+c, t*c, then t/c and c/t where they divide. `brief` stops after t+c.
+    """
+    needs = {abs(target - last): "p+c" if target >= last else "c-p"}
+    needs.setdefault(target + last, "p-c")
+    if not brief and last:
+        needs.setdefault(target * last, "p/c")
+        if target % last == 0:
+            needs.setdefault(target // last, "p*c")
+        if target and last % target == 0:
+            needs.setdefault(last // target, "c/p")
+    return needs
+
+
+def _line(word: str, table: list[Piece], last: int, target: int, brief: bool, pairs: int) -> tuple[str, Tree | None]:
+    """One line of search: put number `last` (an index) aside and try at most `pairs` results of the other one or two."""
+    value, tree = table[last]
+    rest = table[:last] + table[last + 1 :]
+    needs = _needs(target, value, brief)
+    text = f"{word} {value}: need {','.join(map(str, needs))}."
+    steps = list(_combine(*rest))[:pairs] if len(rest) == 2 else [(str(rest[0][0]), rest[0])]
+    for step, (result, made) in steps:
+        text += f" {step}"
+        if result in needs:
+            left, operator, right = needs[result]
+            return text + " yes\n", (operator, made, tree) if left == "p" else (operator, tree, made)
+    return text + " no\n", None
+
+
+def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
+    """First steps in random order, small results first more often: the step as text, and the table after it."""
+    options = []
+    for i, j in combinations(range(len(table)), 2):
+        rest = [piece for k, piece in enumerate(table) if k not in (i, j)]
+        for step, made in _combine(table[i], table[j]):
+            if made[0]:
+                # exponential clocks: the order is a weighted draw without replacement, weight 1/(10+result)
+                options.append((rng.expovariate(1 / (10 + made[0])), step, [made, *rest]))
+    seen = set()
+    for _, step, left in sorted(options, key=lambda option: option[0]):
+        values = tuple(sorted(value for value, _ in left))
+        if values not in seen:
+            seen.add(values)
+            yield f"take {step}: {','.join(str(value) for value, _ in left)}\n", left
+
+
+def _planner(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
+    """Complete for two and three numbers; with more, TAKES first steps, each followed by the complete search."""
+    thought = ""
+    if len(table) <= 3:
+        tables = [("", table)]
+    else:
+        tables = _takes(table, rng)
+    for tries, (step, left) in enumerate(tables):
+        if tries == TAKES:
+            break
+        thought += step
+        while len(left) > 3:
+            step, left = next(_takes(left, rng))
+            thought += step
+        for last in rng.sample(range(len(left)), len(left)):
+            text, found = _line("last", left, last, target, brief=False, pairs=4)
+            thought += text
+            if found:
+                return thought + f"so {write(found)}={target}\n", found
+    text, guess = _guess(table, rng)
+    return thought + text, guess
+
+
+def _hasty(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
+    """One or two lines of the planner's search with something left out, then a guess."""
+    thought, left = "", table
+    while len(left) > 3:
+        step, left = next(_takes(left, rng))
+        thought += f"maybe {step}"
+    brief = rng.random() < 0.5
+    for last in rng.sample(range(len(left)), min(rng.randint(1, 2), len(left))):
+        text, found = _line("maybe", left, last, target, brief, pairs=4 if brief else 2)
+        thought += text
+        if found:
+            return thought + f"so {write(found)}={target}\n", found
+    text, guess = _guess(left, rng)
+    return thought + text, guess
+
+
+def _wanderer(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
+    """Whole expressions at random, a geometric number of them; without a hit the closest one is the answer."""
+    tries = 1
+    while tries < MAX_WANDERINGS and rng.random() > 1 / WANDERINGS:
+        tries += 1
+    texts: list[str] = []
+    best: Piece | None = None
+    for _ in range(tries):
+        value, tree = _random_expression(table, rng)
+        text = f"{write(tree)}={value}"
+        if any(text == earlier[: len(text)] for earlier in texts):
+            continue
+        if value == target:
+            return f"try {', '.join([*texts, f'{text} yes'])}\n", tree
+        texts.append(f"{text} no")
+        if best is None or abs(value - target) < abs(best[0] - target):
+            best = (value, tree)
+    return f"try {', '.join(texts)}\nclosest {write(best[1])}={best[0]}\n", best[1]
+
+
+def _guess(table: list[Piece], rng: random.Random) -> tuple[str, Tree]:
+    value, tree = _random_expression(table, rng)
+    return f"guess {write(tree)}={value}\n", tree
+
+
+def _random_expression(table: list[Piece], rng: random.Random) -> Piece:
+    """All numbers of the table combined in random order; every intermediate is an integer >= 0."""
+    table = rng.sample(table, len(table))
+    while len(table) > 1:
+        x, y, *rest = table
+        _, made = rng.choice(list(_combine(x, y)))
+        table = [made, *rest]
+        if len(table) > 2:
+            rng.shuffle(table)
+    return table[0]
+
+
+def random_target(numbers: Sequence[int], rng: random.Random) -> int:
+    """What a random expression over all of `numbers` is worth: a reachable integer >= 0, without solving anything."""
+    return _random_expression([(n, n) for n in numbers], rng)[0]

@@ -1,0 +1,56 @@
+"""The ways in which a Countdown problem is asked, from shorthand to whole sentences."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+# The questions that the reasoning-gym package asks for this game, so that a model trained here has seen them.
+GYM_FORMAT = """{question}
+
+Final answer format instructions:
+1. Provide your solution as a arithmetic expression (no '=' sign).
+2. Do not include the target number in the expression.
+3. Use '*' for multiplication.
+4. Use '/' for division.
+5. Do not include any other text or formatting.
+"""
+GYM_QUESTIONS = (
+    "Using all the numbers {numbers}, create an expression that equals {target}.\nYou can only use each number once.",
+    "Find a way to make {target} using all of these numbers: {numbers}.\nEach number can only be used once.",
+    "Calculate {target} using all of these numbers: {numbers}.\nEach number may be used at most once.",
+)
+SHORT = "{spaced} -> {target}"
+SENTENCES = (
+    "Use {listed} to make {target}.",
+    "Can you get {target} from {listed}?",
+    "How do I make {target} with {listed}?",
+    "numbers: {listed} target: {target}",
+    "make {target} out of {listed}",
+    "Reach {target} with {listed}. Use + - * / and parentheses, and each number exactly once.",
+)
+SHORT_SHARE, GYM_SHARE = 0.45, 0.1
+
+
+def ask(numbers: Sequence[int], target: int, rng: random.Random) -> str:
+    """One question in a random wording; the numbers stay in the order given."""
+    kind = rng.random()
+    if kind < SHORT_SHARE:
+        return SHORT.format(spaced=" ".join(map(str, numbers)), target=target)
+    if kind < SHORT_SHARE + GYM_SHARE:
+        question = rng.choice(GYM_QUESTIONS).format(numbers=", ".join(map(str, numbers)), target=target)
+        return GYM_FORMAT.format(question=question)
+    text = rng.choice(SENTENCES).format(listed=_listed(numbers, rng), target=target)
+    if rng.random() < 0.2:
+        text = text.lower()
+    if rng.random() < 0.2:
+        text = text.rstrip(".?") + rng.choice(["", ".", "?", "!"])
+    return text
+
+
+def _listed(numbers: Sequence[int], rng: random.Random) -> str:
+    *most, last = map(str, numbers)
+    style = rng.choice(["and", "comma", "comma", "space", "tight"])
+    if style == "and":
+        return f"{', '.join(most)} and {last}"
+    return {"comma": ", ", "space": " ", "tight": ","}[style].join([*most, last])
