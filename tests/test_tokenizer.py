@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jevons.chat import ASSISTANT, BOS, END_THINK, EOS, PAD, SPECIAL_TOKENS, THINK, USER
 from jevons.data.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 
-TEXTS = [f"Using the numbers {i}, {i * 7 % 31} and 19, reach {i * 13 % 100}.\nLet me try {i} + 19 = {i + 19}: no.\n" for i in range(300)]
+TEXTS = [f"Using the numbers {i}, {i * 7 % 31} and 19, reach {i * 13 % 100}.\nLet me try {i} + 19 = {i + 19}: no.\n"
+         for i in range(300)]
 TOKENIZER = train_tokenizer(TEXTS, 512)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 
@@ -58,7 +59,8 @@ def test_text_cannot_forge_a_special_token(parts):
 
 
 def test_decode_shows_specials_and_skips_all_but_the_tags():
-    ids = [TOKENIZER.special[BOS], *TOKENIZER.encode("hi"), TOKENIZER.special[THINK], TOKENIZER.special[END_THINK], TOKENIZER.special[EOS]]
+    bos, think, end_think, eos = (TOKENIZER.special[t] for t in (BOS, THINK, END_THINK, EOS))
+    ids = [bos, *TOKENIZER.encode("hi"), think, end_think, eos]
     assert TOKENIZER.decode(ids) == f"{BOS}hi{THINK}{END_THINK}{EOS}"
     assert TOKENIZER.decode(ids, skip_special=True) == f"hi{THINK}{END_THINK}"
 
@@ -130,7 +132,8 @@ def test_transformers_renders_the_same_prompts(tmp_path, rng):
             messages = [{"role": "system", "content": text()} for _ in range(system)]
             for _ in range(turns):
                 messages.append({"role": "user", "content": text()})
-                messages.append({"role": "assistant", "content": text() + END_THINK + "\n\n" + text() if rng.random() < 0.7 else text()})
+                thought = text() + END_THINK + "\n\n" if rng.random() < 0.7 else ""
+                messages.append({"role": "assistant", "content": thought + text()})
             messages.append({"role": "user", "content": text()})
             rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             assert rendered["input_ids"] == ours.prompt(messages), messages
@@ -143,7 +146,8 @@ def foreign(directory, vocab_rows: int, **config):
     """A tokenizer in Qwen2's manner: its own eos, none of DeepSeek's tokens."""
     raw = json.loads(TOKENIZER._full.to_str())
     raw["added_tokens"] = []
-    raw["model"]["vocab"] = {t: i - len(SPECIAL_TOKENS) for t, i in raw["model"]["vocab"].items() if i >= len(SPECIAL_TOKENS)}
+    shift = len(SPECIAL_TOKENS)
+    raw["model"]["vocab"] = {t: i - shift for t, i in raw["model"]["vocab"].items() if i >= shift}
     other = tokenizers.Tokenizer.from_str(json.dumps(raw))
     other.add_special_tokens(["<|endoftext|>"])
     other.save(str(directory / "tokenizer.json"))

@@ -72,7 +72,7 @@ class Tokenizer:
         return [e.ids for e in self._plain.encode_batch([_clean(t) for t in texts], add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of ids, special tokens as their text. `skip_special` leaves them out, except `<think>` and `</think>`."""
+        """Text of ids, special tokens as their text; `skip_special` leaves out all but `<think>` and `</think>`."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special)
 
     def decode_stream(self, skip_special: bool = True) -> DecodeStream:
@@ -106,7 +106,7 @@ class Tokenizer:
         """
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
-            raise TokenizerError(f"{path} does not exist; a checkpoint directory holds tokenizer.json beside config.json")
+            raise TokenizerError(f"{path} does not exist; tokenizer.json belongs beside config.json")
         try:
             full = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception
@@ -121,9 +121,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` ids: special tokens (bos 0, eos 1, pad 2, ...), 256 bytes, merges, and
     placeholders where the texts give fewer merges. Equal texts in equal order give an equal tokenizer.
     """
-    least = len(SPECIAL_TOKENS) + 256
+    least = -(-(len(SPECIAL_TOKENS) + 256) // 32) * 32
     if vocab_size < least or vocab_size % 32:
-        raise TokenizerError(f"vocab_size is {vocab_size}; a multiple of 32 not under {-(-least // 32) * 32} would be right")
+        raise TokenizerError(f"vocab_size is {vocab_size}; a multiple of 32 not under {least} would be right")
     full = tokenizers.Tokenizer(models.BPE())
     full.normalizer = normalizers.NFC()
     full.pre_tokenizer = pre_tokenizers.Sequence([
@@ -189,8 +189,8 @@ def _find_special(full: tokenizers.Tokenizer, model: dict, config: dict, source:
         used = max(full.get_vocab(with_added_tokens=True).values()) + 1
         rows = model.get("vocab_size", 0)
         if used + len(missing) > rows:
-            raise TokenizerError(f"{source} lacks {', '.join(missing)}, and of the model's {rows} embedding rows {used} are "
-                                 f"in use; a vocab_size of at least {used + len(missing)} in config.json would be right")
+            raise TokenizerError(f"{source} lacks {', '.join(missing)}, and {used} of the model's {rows} embedding rows are "
+                                 f"in use; a vocab_size of at least {used + len(missing)} would be right")
         full.add_tokens([_added(token) for token in missing])
         special |= {token: full.token_to_id(token) for token in missing}
     return special
