@@ -53,7 +53,7 @@ class Traced(Protocol):
     """Optional: worked solutions for a model that starts from nothing."""
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
-        """`thought</think>\\nanswer`: what follows a prompt that ends in `<think>\\n`. Readable, and not always right."""
+        """`thought</think>\\nanswer`: what follows a prompt that ends in `<think>\\n`. Readable; not always right."""
 
     def examples(self) -> list[str]:
         """A few questions for the chat page."""

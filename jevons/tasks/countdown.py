@@ -6,11 +6,11 @@ import hashlib
 import random
 from collections.abc import Sequence
 
+from jevons.chat import END_THINK
 from jevons.tasks import traces, wordings
 from jevons.tasks.base import Problem, Reward
 from jevons.tasks.expression import ExpressionError, parse, reachable
 
-END_THINK = "</think>"
 SOLVED = 4  # up to this many numbers, held-out targets are drawn from all reachable ones
 
 

@@ -20,12 +20,12 @@ class TaskError(ValueError):
 
 
 def load_task(name: str, args: dict[str, Any] | None = None) -> Task:
-    """The task called `name`, made with `args`: a built-in name, or `path/to/file.py:ClassName` (a trusted file: it runs).
+    """The task called `name`, made with `args`: a built-in name, or `path/to/file.py:ClassName` (the file is run).
 
     Raises TaskError for an unknown name, a missing file or class, arguments that the class refuses, and a class
     without `sample` or `score`.
     """
-    if ".py" in name:
+    if name.endswith(".py") or ".py:" in name:
         kind = _class_of_file(name)
     elif name in BUILT_IN:
         module, attribute = BUILT_IN[name]
@@ -36,7 +36,8 @@ def load_task(name: str, args: dict[str, Any] | None = None) -> Task:
         raise TaskError(f"task {name!r} is unknown; {hint} A task of your own is written path/to/file.py:ClassName")
     lacking = [method for method in ("sample", "score") if not callable(getattr(kind, method, None))]
     if lacking:
-        raise TaskError(f"task {name!r}: the class has no method {' and no method '.join(lacking)}; see jevons.tasks.base.Task")
+        missing = " and no method ".join(lacking)
+        raise TaskError(f"task {name!r}: the class has no method {missing}; see jevons.tasks.base.Task")
     args = args or {}
     try:
         inspect.signature(kind).bind(**args)
@@ -47,7 +48,7 @@ def load_task(name: str, args: dict[str, Any] | None = None) -> Task:
     except ValueError as error:
         raise TaskError(f"task {name!r}: {error}") from error
     if not isinstance(getattr(task, "name", None), str):
-        task.name = kind.__name__
+        raise TaskError(f"task {name!r}: the class has no `name`; write name = {kind.__name__.lower()!r} in it")
     return task
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 
+from jevons.chat import END_THINK
 from jevons.tasks.expression import Tree, write
 
 AUTHORS = {"planner": 0.4, "hasty": 0.3, "wanderer": 0.3}
@@ -23,11 +24,11 @@ Piece = tuple[int, Tree]  # a number on the table and how it was made
 
 
 def write_trace(numbers: Sequence[int], target: int, rng: random.Random, authors: dict[str, float]) -> str:
-    """`thought</think>\\nanswer`. The answer uses every number once; it reaches the target only if the author found how."""
+    """`thought</think>\\nanswer`. The answer uses every number once, and is wrong where the author found nothing."""
     name = rng.choices(list(authors), list(authors.values()))[0]
     author = {"planner": _planner, "hasty": _hasty, "wanderer": _wanderer}[name]
     thought, answer = author([(n, n) for n in numbers], target, rng)
-    return f"{thought}</think>\n{write(answer)}"
+    return f"{thought}{END_THINK}\n{write(answer)}"
 
 
 def check_authors(authors: dict[str, float]) -> dict[str, float]:
@@ -73,7 +74,7 @@ def _needs(target: int, last: int, brief: bool) -> dict[int, str]:
 
 
 def _line(word: str, table: list[Piece], last: int, target: int, brief: bool, pairs: int) -> tuple[str, Tree | None]:
-    """One line of search: put number `last` (an index) aside and try at most `pairs` results of the other one or two."""
+    """One line of search: put the number at `last` aside and try at most `pairs` results of the other one or two."""
     value, tree = table[last]
     rest = table[:last] + table[last + 1 :]
     needs = _needs(target, value, brief)
@@ -85,6 +86,12 @@ def _line(word: str, table: list[Piece], last: int, target: int, brief: bool, pa
             left, operator, right = needs[result]
             return text + " yes\n", (operator, made, tree) if left == "p" else (operator, tree, made)
     return text + " no\n", None
+
+
+def _lasts(table: list[Piece], rng: random.Random) -> list[int]:
+    """Indices of the table in random order, each value once: putting an equal number aside is the same search."""
+    order = {table[i][0]: i for i in rng.sample(range(len(table)), len(table))}
+    return list(order.values())
 
 
 def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
@@ -107,18 +114,13 @@ def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[P
 def _planner(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
     """Complete for two and three numbers; with more, TAKES first steps, each followed by the complete search."""
     thought = ""
-    if len(table) <= 3:
-        tables = [("", table)]
-    else:
-        tables = _takes(table, rng)
-    for tries, (step, left) in enumerate(tables):
-        if tries == TAKES:
-            break
+    tables = [("", table)] if len(table) <= 3 else islice(_takes(table, rng), TAKES)
+    for step, left in tables:
         thought += step
         while len(left) > 3:
             step, left = next(_takes(left, rng))
             thought += step
-        for last in rng.sample(range(len(left)), len(left)):
+        for last in _lasts(left, rng):
             text, found = _line("last", left, last, target, brief=False, pairs=4)
             thought += text
             if found:
@@ -134,7 +136,7 @@ def _hasty(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tr
         step, left = next(_takes(left, rng))
         thought += f"maybe {step}"
     brief = rng.random() < 0.5
-    for last in rng.sample(range(len(left)), min(rng.randint(1, 2), len(left))):
+    for last in _lasts(left, rng)[: rng.randint(1, 2)]:
         text, found = _line("maybe", left, last, target, brief, pairs=4 if brief else 2)
         thought += text
         if found:
@@ -153,7 +155,7 @@ def _wanderer(table: list[Piece], target: int, rng: random.Random) -> tuple[str,
     for _ in range(tries):
         value, tree = _random_expression(table, rng)
         text = f"{write(tree)}={value}"
-        if any(text == earlier[: len(text)] for earlier in texts):
+        if f"{text} no" in texts:
             continue
         if value == target:
             return f"try {', '.join([*texts, f'{text} yes'])}\n", tree

@@ -1,0 +1,136 @@
+"""Worked thoughts: every sum in them is right, every verdict is true, and each author is what it claims to be."""
+
+import random
+import re
+from fractions import Fraction
+from itertools import combinations_with_replacement
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jevons.tasks import traces
+from jevons.tasks.countdown import Countdown
+
+SUM = re.compile(r"(?<![0-9+\-*/()])([0-9+\-*/()]+)=([0-9]+)")
+LINE = re.compile(r"(last|maybe) ([0-9]+): need ([0-9,]+)\. (.*) (yes|no)")
+FIRST_WORD = {"planner": ("last", "take"), "hasty": ("maybe",), "wanderer": ("try",)}
+
+
+def exact(text):
+    """Python's own reading of text that is known to be plain arithmetic, over fractions."""
+    assert re.fullmatch(r"[0-9+\-*/()]+", text) and "**" not in text and "//" not in text
+    return eval(re.sub(r"[0-9]+", r"Fraction('\g<0>')", text))
+
+
+def draw(author, numbers, rng):
+    task = Countdown(numbers=numbers, authors={author: 1.0})
+    problem = task.sample(rng)
+    return task, problem, task.trace(problem, rng)
+
+
+def check_line(match, target):
+    """One line of search against its own meaning: needs that work, results that are or are not among them."""
+    last, needs = int(match[2]), [int(n) for n in match[3].split(",")]
+    ways = [abs(target - last), target + last, target * last]
+    ways += [target // last] if target % last == 0 else []
+    ways += [last // target] if last % target == 0 else []
+    ways = list(dict.fromkeys(ways))
+    assert needs == (ways if match[1] == "last" else ways[: len(needs)])
+    for need in needs:
+        made = {need + last, need - last, last - need, need * last, Fraction(need, last)}
+        assert target in made | ({Fraction(last, need)} if need else set()), match[0]
+    results = [int(step.split("=")[-1]) for step in match[4].split()]
+    assert [result in needs for result in results] == [False] * (len(results) - 1) + [match[5] == "yes"], match[0]
+
+
+@pytest.mark.parametrize("author", list(traces.AUTHORS))
+@given(numbers=st.integers(2, 6), seed=st.integers(0, 2**64))
+def test_all_arithmetic_and_every_verdict_is_right(author, numbers, seed):
+    task, problem, text = draw(author, numbers, random.Random(seed))
+    target = problem.data["target"]
+    thought, answer = text.split("</think>\n")
+    assert text.startswith(FIRST_WORD[author])
+    assert thought.endswith("\n") and "\n" not in answer
+    for left, right in SUM.findall(thought):
+        assert exact(left) == int(right), text
+    for line in thought.splitlines():
+        if match := LINE.fullmatch(line):
+            check_line(match, target)
+        elif line.startswith("try "):
+            for attempt in line[4:].split(", "):
+                value, verdict = re.fullmatch(r".*=([0-9]+) (yes|no)", attempt).groups()
+                assert (verdict == "yes") == (int(value) == target)
+        elif taken := re.fullmatch(r"(?:maybe )?take .*=([0-9]+): ([0-9,]+)", line):
+            assert taken[1] in taken[2].split(",")
+        else:
+            word, claimed = re.fullmatch(r"(so|guess|closest) (.*)", line).groups()
+            assert word != "so" or claimed.endswith(f"={target}")
+            assert claimed.split("=")[0] == answer, "the answer is the last line's expression"
+    assert sorted(map(int, re.findall("[0-9]+", answer))) == sorted(problem.data["numbers"]), text
+    reward = task.score(problem, text)
+    assert reward.parts == {"correct": float(exact(answer) == target), "format": 1.0}
+    if "yes" in thought:
+        assert reward.correct == 1.0, text
+
+
+def test_what_is_taken_leaves_the_other_numbers_on_the_table():
+    rng = random.Random()
+    for _ in range(100):
+        _, problem, text = draw("planner", 4, rng)
+        for left, right, table in re.findall(r"^take ([0-9+\-*/]+)=([0-9]+): ([0-9,]+)$", text, re.M):
+            rest = sorted([*map(int, re.findall("[0-9]+", left)), *map(int, table.split(",")[1:])])
+            assert rest == sorted(problem.data["numbers"]) and table.split(",")[0] == right, text
+
+
+def test_the_planner_solves_every_reachable_problem_of_three_numbers():
+    rng = random.Random()
+    task = Countdown(authors={"planner": 1.0})
+    everything = list(combinations_with_replacement(range(1, 31), 3))
+    for numbers in [*rng.sample(everything, 150), (1, 1, 1), (1, 2, 3), (30, 30, 30)]:
+        for target in task.targets(numbers):
+            text = traces.write_trace(rng.sample(numbers, 3), target, rng, task.authors)
+            assert f"={target}\n</think>" in text and "\nso " in text, (numbers, target, text)
+
+
+def test_authors_differ_in_how_often_they_are_right():
+    rng = random.Random()
+    rate = {}
+    for author in traces.AUTHORS:
+        task = Countdown(authors={author: 1.0})
+        problems = [task.sample(rng) for _ in range(400)]
+        rate[author] = sum(task.score(p, task.trace(p, rng)).correct for p in problems) / 400
+    assert rate["planner"] == 1.0
+    assert 0.5 < rate["hasty"] < 0.85
+    assert 0.12 < rate["wanderer"] < 0.45
+
+
+def test_four_numbers_are_mostly_solved_within_the_budget():
+    rng = random.Random()
+    task = Countdown(numbers=4, authors={"planner": 1.0})
+    problems = [task.sample(rng) for _ in range(150)]
+    texts = [task.trace(p, rng) for p in problems]
+    assert sum(task.score(p, t).correct for p, t in zip(problems, texts, strict=True)) / 150 > 0.75
+    assert max(t.count("take ") for t in texts) <= traces.TAKES
+
+
+def test_authors_are_drawn_by_their_weights():
+    rng = random.Random()
+    task = Countdown(authors={"planner": 1, "wanderer": 3})
+    first = [task.trace(task.sample(rng), rng).split()[0] for _ in range(1_000)]
+    assert set(first) == {"last", "try"} and 0.65 < first.count("try") / 1_000 < 0.85
+
+
+def test_a_problem_that_cannot_be_solved_still_gets_a_whole_thought():
+    rng = random.Random()
+    for author in traces.AUTHORS:
+        text = traces.write_trace([1, 1, 1], 97, rng, {author: 1.0})
+        thought, answer = text.split("</think>\n")
+        assert "yes" not in thought and re.findall("[0-9]+", answer) == ["1", "1", "1"]
+
+
+def test_the_same_generator_state_gives_the_same_text():
+    task, seed = Countdown(), random.randrange(2**32)
+    rngs = (random.Random(seed), random.Random(seed))
+    first, second = ([task.trace(task.sample(rng), rng) for _ in range(20)] for rng in rngs)
+    assert first == second
