@@ -136,6 +136,8 @@ def test_what_is_accepted():
     assert score([2, 9, 9], 2, "2-9+9") == right, "negative on the way"
     assert score([2, 5, 5], 2, "2/(5-5)") == {"correct": 0.0, "format": 1.0}
     assert score([2, 5, 5, 1], 2, "1/(2/(5-5))") == {"correct": 0.0, "format": 1.0}
+    for text in ("1/(2/0)", "0*(1/0)", "1/0+1", "1/0-1/0", "0/0"):
+        assert parse(text).value is None, text
     assert score([37], 37, "37") == right
     assert score([3, 7], 37, "37") == {"correct": 0.0, "format": 1.0}, "joined digits are not the given numbers"
     assert score([5], 5, "(" * MAX_NESTING + "5" + ")" * MAX_NESTING) == right
@@ -190,7 +192,7 @@ def test_reachable_is_what_brute_force_finds():
 def test_the_sampler_never_draws_a_heldout_problem(numbers):
     rng = random.Random()
     task = Countdown(numbers=numbers)
-    for _ in range(30_000 if numbers == 3 else 3_000):
+    for _ in range(30_000 if numbers == 3 else 1_000):
         drawn = task.sample(rng)
         assert not is_heldout(drawn.data["numbers"], drawn.data["target"]), drawn
     for _ in range(20):

