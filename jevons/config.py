@@ -24,7 +24,7 @@ _IGNORED = {
     "attention_dropout", "ep_size", "pretraining_tp", "seq_aux", "moe_layer_freq", "rope_interleave", "pad_token",
     "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "qk_head_dim", "mlp_bias",
     "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
-    "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_mtp",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_mtp", "output_router_logits", "use_mrope",
 }
 
 
@@ -158,12 +158,11 @@ class ModelConfig(BaseModel):
             raise ConfigError(f"{source}: quantization_config {raw['quantization_config']} is not supported yet")
         if values.get("rope_scaling"):
             raise ConfigError(f"{source}: rope_scaling {values['rope_scaling']} is not supported yet; null would be right")
-        if raw.get("use_sliding_window"):
-            raise ConfigError(f"{source}: use_sliding_window true is not supported; false would be right")
-        if raw.get("mlp_bias"):
-            raise ConfigError(f"{source}: mlp_bias true is not supported; false would be right")
-        if architecture == LLAMA and values.get("attention_bias"):
-            raise ConfigError(f"{source}: attention_bias true is not supported for Llama; false would be right")
+        for name in ("use_sliding_window", "mlp_bias", "use_mrope"):
+            if raw.get(name):
+                raise ConfigError(f"{source}: {name} {raw[name]!r} is not supported; false would be right")
+        if architecture != QWEN2 and values.get("attention_bias"):
+            raise ConfigError(f"{source}: attention_bias true is not supported for {architecture}; false would be right")
         for name in ("bos_token_id", "eos_token_id"):
             if isinstance(values.get(name), list):
                 values[name] = values[name][0]

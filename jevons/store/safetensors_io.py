@@ -1,0 +1,172 @@
+"""A checkpoint directory's `model*.safetensors`: read strictly, written whole. Headers are checked here before the
+library maps a file, so that an error names the file and the tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from jevons.store.files import CheckpointError, StoreError, fsync, temporary, write_text
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes; the format's own bound
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+          "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, by the header alone."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises CheckpointError naming the file, and the tensor that is wrong."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path} is truncated or no safetensors file: its header claims {length} bytes, "
+                                      f"the file has {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
+        if not isinstance(header, dict):
+            raise ValueError(f"it holds {type(header).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not a safetensors header: {error}") from None
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
+    at, data = 0, size - 8 - length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            problem = "overlaps the tensor before it" if info.start < at else f"leaves {info.start - at} bytes unused before it"
+            raise CheckpointError(f"{path}: tensor {name} at bytes {info.start}..{info.end} {problem}")
+        if info.end > data:
+            raise CheckpointError(f"{path} is truncated: tensor {name} ends at byte {info.end} of the data, the file has {data}")
+        at = info.end
+    if at != data:
+        raise CheckpointError(f"{path}: {data - at} bytes follow the last tensor")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not whole or end - start != math.prod(shape) * _BYTES[dtype]:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: tensor {name} is described by {entry!r:.200}, where dtype, shape and data_offsets "
+                              "do not agree or are not known") from None
+    return TensorInfo(path, dtype, tuple(shape), start, end)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return result
+
+
+def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint directory, one file or sharded. Raises CheckpointError."""
+    directory = Path(directory)
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_no_repeats)["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError("weight_map is not an object of file names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from None
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        example = next(name for name, f in weight_map.items() if f == file)
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} places {example} in {file!r}; a file name in the same directory would be right")
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory / file} is missing; {index.name} places {example} in it")
+        for name, info in read_header(directory / file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is in two files, {tensors[name].file} and {info.file}")
+            if name not in weight_map:
+                raise CheckpointError(f"{info.file} holds {name}, which {index.name} does not know")
+            tensors[name] = info
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(f"{directory / file} lacks tensor {name}, which {index.name} places in it")
+    return tensors
+
+
+def read_tensors(directory: str | Path, headers: dict[str, TensorInfo] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors by name, mapped from the files: reading one touches only its own bytes. Raises CheckpointError."""
+    headers = read_headers(directory) if headers is None else headers
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted({info.file for info in headers.values()}):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensors[name] = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def write_tensors(directory: str | Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 5 * 10**9) -> list[str]:
+    """Write model.safetensors, or shards and their index over the limit; the names of the files. Raises StoreError."""
+    directory = Path(directory)
+    shards = list(_shards(tensors, max_shard_bytes))
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        unfinished = temporary(directory / file)
+        try:
+            # clone: the format holds no views of one storage, and published names often are views of fused parameters
+            save_file({name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in names}, unfinished,
+                      metadata={"format": "pt"})
+            fsync(unfinished)
+            os.replace(unfinished, directory / file)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise StoreError(getattr(error, "errno", None), f"{directory / file} could not be written: {error}") from error
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                 "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}
+        write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
+        files.append(INDEX)
+    fsync(directory)
+    return files
+
+
+def _shards(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[list[str]]:
+    """Names in order, a new list before the limit is passed; a tensor over the limit has one of its own."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
