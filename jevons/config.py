@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 DEEPSEEK_V3 = "DeepseekV3ForCausalLM"
 QWEN2 = "Qwen2ForCausalLM"
@@ -88,8 +88,12 @@ class ModelConfig(BaseModel):
             if not ok:
                 raise ConfigError(message)
 
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "n_group",
+                    "max_position_embeddings", "rms_norm_eps", "rope_theta")
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if type(value) in (int, float):
+                need(value > 0 if name in positive else value >= 0, f"{name} is {value}; it must be positive")
         if self.is_moe:
             need(self.n_routed_experts % self.n_group == 0,
                  f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
@@ -135,20 +139,22 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
         """Read a Hugging Face `config.json`. Raises ConfigError naming the field that is unknown or unsupported."""
-        architectures = raw.get("architectures") or ["?"]
-        architecture = architectures[0]
-        if architecture not in MODEL_TYPES:
+        architectures = raw.get("architectures")
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
+        if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
             raise ConfigError(f"{source}: architectures {architectures} is not one of {sorted(MODEL_TYPES)}")
         known = set(cls.model_fields) - {"architecture"}
         values: dict[str, Any] = {"architecture": architecture, "initializer_range": 0.02}
-        rope = dict(raw.get("rope_parameters") or {})  # transformers 5 folds theta and scaling into one field
+        rope = raw.get("rope_parameters") or {}  # transformers 5 folds theta and scaling into one field
+        if not isinstance(rope, dict):
+            raise ConfigError(f"{source}: rope_parameters {rope!r} is not an object")
         for key, value in raw.items():
             if key in known:
                 values[key] = value
             elif key not in _IGNORED | {"architectures", "rope_parameters", "quantization_config"}:
                 raise ConfigError(f"{source}: field {key!r} = {value!r} is not known and might change the mathematics")
         if rope:
-            values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+            values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
             values["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         if architecture == DEEPSEEK_V3:
             values.pop("num_key_value_heads", None)  # the latent is shared by all heads; the field says nothing
@@ -164,16 +170,21 @@ class ModelConfig(BaseModel):
         if architecture != QWEN2 and values.get("attention_bias"):
             raise ConfigError(f"{source}: attention_bias true is not supported for {architecture}; false would be right")
         for name in ("bos_token_id", "eos_token_id"):
-            if isinstance(values.get(name), list):
+            if isinstance(values.get(name), list) and values[name]:
                 values[name] = values[name][0]
             elif values.get(name, 0) is None:
                 values.pop(name)
+        return cls.build(values, source)
+
+    @classmethod
+    def build(cls, values: dict[str, Any], source: str) -> ModelConfig:
+        """From this class's own fields. Raises ConfigError naming `source`, the field and what is wrong with it."""
         try:
             return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-        except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = "".join(f"{part} = {first['input']!r:.80}: " for part in first["loc"][:1])
+            raise ConfigError(f"{source}: {field}{first['msg'].removeprefix('Value error, ')}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model, as `transformers`, vLLM and llama.cpp's converter expect it."""
@@ -231,4 +242,4 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """A preset by name, with fields changed. Raises ConfigError naming the presets there are."""
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not one of {sorted(PRESETS)}")
-    return ModelConfig(**(PRESETS[name] | changes))
+    return ModelConfig.build(PRESETS[name] | changes, f"preset {name}")
