@@ -82,7 +82,6 @@ class PretrainStage(StageTable):
     kind: Literal["pretrain"]
     tokens: int = Field(gt=0)
     batch_tokens: int = Field(8192, gt=0)
-    row_length: int = Field(256, gt=1)
     prompt_weight: float = Field(0.1, ge=0, le=1)
     mtp_weight: float = Field(0.3, ge=0)
     bias_update_speed: float = Field(0.001, ge=0)
@@ -189,7 +188,7 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         raise RecipeError(f"{source} is not TOML: {error}") from None
     _check_keys(raw, Recipe, "", source)
     stages = raw.get("stages", [])
-    if not isinstance(stages, list):
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise RecipeError(f"{source}: `stages` must be an array of tables, [[stages]]")
     for index, stage in enumerate(stages):
         kind = stage.get("kind")

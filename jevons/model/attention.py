@@ -1,6 +1,6 @@
 """Multi-head latent attention (V3 report, section 2.1.1) and the dense models' grouped-query attention.
 
-Each has two paths over flat tokens: `expanded` for training rows [B, T] (per-head keys and values, no cache) and
+Each has two paths over flat tokens: `expanded` for training rows (per-head keys and values, no cache) and
 `cached` for the engine (MLA absorbed: scores are taken in the latent space, so the cache stays 1/57 of MHA's at V3's
 shape). A parity test holds one to the other.
 """
@@ -14,6 +14,55 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
+
+
+SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
+Segments = list[tuple[int, int]]  # (rows, length): flat tokens are rows_0 * length_0 tokens, then rows_1 * length_1, ...
+
+
+class ShortCausalAttention(torch.autograd.Function):
+    """softmax(scale q k^T + causal) v by batched matmuls, probabilities kept for the backward pass.
+
+    For CPU rows under about 400 tokens: in bf16 five times the speed of torch's CPU flash kernel at 100 tokens (whose
+    backward is written for long rows), and V keeps its own width.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BLd, k_BLd, v_BLv, bias_LL, scale):
+        probs = torch.baddbmm(bias_LL, q_BLd, k_BLd.transpose(1, 2), alpha=scale).softmax(-1)
+        ctx.save_for_backward(q_BLd, k_BLd, v_BLv, probs)
+        ctx.scale = scale
+        return torch.bmm(probs, v_BLv)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, probs = ctx.saved_tensors
+        grad_v = torch.bmm(probs.transpose(1, 2), grad)
+        grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), probs, -1, probs.dtype).mul_(ctx.scale)
+        return torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q), grad_v, None, None
+
+
+def causal_attention(q_BHLd, k_BHLd, v_BHLv, scale: float) -> torch.Tensor:
+    """[B, H, L, v]: torch's own attention, or the batched matmuls where those are faster."""
+    length, width, v_width = q_BHLd.shape[2], q_BHLd.shape[3], v_BHLv.shape[3]
+    if q_BHLd.device.type == "cpu" and length <= SHORT_ROW:
+        bias = q_BHLd.new_full((length, length), float("-inf")).triu_(1)
+        q, k, v = (t.flatten(0, 1) for t in (q_BHLd, k_BHLd, v_BHLv))
+        return ShortCausalAttention.apply(q, k, v, bias, scale).unflatten(0, q_BHLd.shape[:2])
+    # V padded to the QK width: with dv != d CPU attention falls to the slow path
+    v_BHLv = F.pad(v_BHLv, (0, width - v_width)) if v_width < width else v_BHLv
+    return F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLv, is_causal=True, scale=scale)[..., :v_width]
+
+
+def attend_segments(q_NHd, k_NHd, v_NHv, segments: Segments, scale: float) -> torch.Tensor:
+    """Causal attention within each row of each segment -> [N, H * v]. One call per segment: rows of like length share
+    one, so short documents do not pay for long ones' squares."""
+    sizes = [rows * length for rows, length in segments]
+    outs = []
+    for (rows, _), q, k, v in zip(segments, q_NHd.split(sizes), k_NHd.split(sizes), v_NHv.split(sizes), strict=True):
+        q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (q, k, v))
+        outs.append(causal_attention(q, k, v, scale).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).flatten(1)
 
 
 def pad_queries(x_NHW: torch.Tensor, meta: BatchMeta) -> torch.Tensor:
@@ -60,18 +109,13 @@ class MLA(nn.Module):
         q_nope, q_rope = q.view(-1, self.heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
         return q_nope, rotate_interleaved(q_rope, rope_NR), self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
 
-    def expanded(self, x_ND, rope_NR, rows: int, mask_BTT: torch.Tensor | None) -> torch.Tensor:
-        """Training rows: N = rows * T tokens; `mask_BTT` True where a query may look, None for plain causal."""
+    def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
+        """Training rows: per-head keys and values, no cache."""
         q_nope, q_rope, latent_NC, k_rope_NR = self._queries_and_latent(x_ND, rope_NR)
         k_nope, v = self.kv_b_proj(latent_NC).view(-1, self.heads, self.nope + self.v).split([self.nope, self.v], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope_NR[:, None].expand(-1, self.heads, -1).to(k_nope.dtype)], dim=-1)
-        # V padded to the QK width: with dv != d CPU attention falls to the slow path
-        v = F.pad(v, (0, self.nope + self.rope - self.v)) if self.v < self.nope + self.rope else v
-        q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (q, k, v))
-        mask = None if mask_BTT is None else mask_BTT[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
-        return self.o_proj(out[..., : self.v].transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.o_proj(attend_segments(q, k, v, segments, self.scale))
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R."""
@@ -104,12 +148,10 @@ class GQA(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.dim)) for t in (q, k, v))
         return rotate_half(q, rope_NR), rotate_half(k, rope_NR), v
 
-    def expanded(self, x_ND, rope_NR, rows: int, mask_BTT: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in self._qkv(x_ND, rope_NR))
+    def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
+        q, k, v = self._qkv(x_ND, rope_NR)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        mask = None if mask_BTT is None else mask_BTT[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return self.o_proj(attend_segments(q, k, v, segments, self.dim**-0.5))
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         q, k, v = self._qkv(x_ND, rope_NR)

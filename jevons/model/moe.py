@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig
+from jevons.model.attention import Segments
 from jevons.model.layers import MLP, HFView
 from jevons.numerics import grouped_linear
 
@@ -35,10 +36,10 @@ class Gate(nn.Module):
         yield f"{name}.weight", self.weight
         yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
 
-    def forward(self, x_ND: torch.Tensor, rows: int = 0) -> Routing:
+    def forward(self, x_ND: torch.Tensor, segments: Segments | None = None) -> Routing:
         """Choose by s + b within the best groups; weigh by the unbiased s (facts: V3's own gate, in float32).
 
-        With `rows` > 0 the tokens are `rows` sequences and the balance loss of report eq. 17-20 is taken per sequence.
+        With `segments` the tokens are training rows, and the balance loss of report eq. 17-20 is taken per row.
         """
         c = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -57,17 +58,21 @@ class Gate(nn.Module):
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * c.routed_scaling_factor
-        return Routing(experts, weights, load, self._balance(scores, rows) if rows else scores.new_zeros(()))
+        return Routing(experts, weights, load, self._balance(scores, segments) if segments else scores.new_zeros(()))
 
-    def _balance(self, scores_NE: torch.Tensor, rows: int) -> torch.Tensor:
-        """Sum over experts of f_i P_i, averaged over sequences; f counts the unbiased top K."""
+    def _balance(self, scores_NE: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Sum over experts of f_i P_i, averaged over rows; f counts the unbiased top K."""
         c = self.config
-        s = scores_NE.unflatten(0, (rows, -1))
         with torch.no_grad():
-            top = s.topk(c.num_experts_per_tok, dim=-1).indices
-            f = F.one_hot(top, c.n_routed_experts).sum((1, 2)) * (c.n_routed_experts / c.num_experts_per_tok / s.shape[1])
-        p = (s / s.sum(-1, keepdim=True)).mean(1)
-        return (f * p).sum(-1).mean()
+            top = scores_NE.topk(c.num_experts_per_tok, dim=-1).indices
+            chosen_NE = torch.zeros_like(scores_NE).scatter_(1, top, c.n_routed_experts / c.num_experts_per_tok)
+        share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
+        sizes = [rows * length for rows, length in segments]
+        total = scores_NE.new_zeros(())
+        for (rows, _), chosen, share in zip(segments, chosen_NE.split(sizes), share_NE.split(sizes), strict=True):
+            f, p = chosen.unflatten(0, (rows, -1)).mean(1), share.unflatten(0, (rows, -1)).mean(1)
+            total = total + (f * p).sum()
+        return total / sum(rows for rows, _ in segments)
 
 
 class ExpertBank(nn.Module):
@@ -140,8 +145,8 @@ class MoE(nn.Module):
         self.shared_experts = (MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
                                if config.n_shared_experts else None)
 
-    def forward(self, x_ND: torch.Tensor, rows: int = 0) -> tuple[torch.Tensor, Routing]:
-        routing = self.gate(x_ND, rows)
+    def forward(self, x_ND: torch.Tensor, segments: Segments | None = None) -> tuple[torch.Tensor, Routing]:
+        routing = self.gate(x_ND, segments)
         y = self.experts(x_ND, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x_ND)

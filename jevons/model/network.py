@@ -1,7 +1,7 @@
 """`CausalLM`: DeepSeek-V3 with its MTP module, or a dense Qwen2/Llama, from one `ModelConfig`.
 
-Two forwards: `forward` on ragged flat tokens over a paged cache (everything the engine does), and `forward_rows` on
-training rows [B, T]. Parameters may be fused in memory; `hf_state_dict` shows them under their published names.
+Two forwards: `forward` on ragged flat tokens over a paged cache (everything the engine does), and `forward_train` on
+training rows. Parameters may be fused in memory; `hf_state_dict` shows them under their published names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from jevons.config import ModelConfig
-from jevons.model.attention import GQA, MLA
+from jevons.model.attention import GQA, MLA, Segments
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import MLP, HFView, Linear, RMSNorm, rotary_table
 from jevons.model.moe import Gate, MoE, Routing
@@ -29,12 +29,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_ND, attend, rows: int = 0) -> tuple[torch.Tensor, Routing | None]:
+    def forward(self, x_ND, attend, segments: Segments | None = None) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
         x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND))
         h = self.post_attention_layernorm(x_ND)
         if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(h, rows)
+            y, routing = self.mlp(h, segments)
             return x_ND + y, routing
         return x_ND + self.mlp(h), None
 
@@ -56,7 +56,7 @@ class MTPLayer(Block):
 
 @dataclass
 class TrainOutput:
-    """What `forward_rows` returns. Hidden states are normed: the head goes on top as they are."""
+    """What `forward_train` returns. Hidden states are normed: the head goes on top as they are."""
 
     hidden_ND: torch.Tensor
     mtp_hidden_ND: torch.Tensor | None  # at token i: predicts token i + 2
@@ -114,33 +114,32 @@ class CausalLM(nn.Module):
         x, _ = layer(x, lambda attn, h: attn.cached(h, rope, depth, cache, meta))
         return layer.shared_head["norm"](x)
 
-    def forward_rows(self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor, mask_BTT: torch.Tensor | None = None,
-                     mtp: bool = True, detach_trunk: bool = False) -> TrainOutput:
-        """Training rows. `mask_BTT` is True where a query may look (causal included); None: plain causal rows.
+    def forward_train(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, segments: Segments, mtp: bool = True,
+                      detach_trunk: bool = False) -> TrainOutput:
+        """Training rows, flat: `segments` says where rows begin and end; attention is causal within a row.
 
-        With `mtp` the MTP module runs too; at a row's last token it is fed the row's first (its loss weight must be 0).
-        `detach_trunk` keeps its gradient out of the trunk, the embedding included.
+        With `mtp` the MTP module runs too; at a row's last token it is fed the next row's first (its loss weight must
+        be 0). `detach_trunk` keeps its gradient out of the trunk, the embedding included.
         """
-        rows = tokens_BT.shape[0]
-        rope = self.rope[positions_BT.flatten()]
-        x = self.embed_tokens(tokens_BT.flatten())
+        rope = self.rope[positions_N]
+        x = self.embed_tokens(tokens_N)
         routings: list[Routing] = []
 
         def attend(attn, h):
-            return attn.expanded(h, rope, rows, mask_BTT)
+            return attn.expanded(h, rope, segments)
 
         for block in self.layers:
-            x, routing = block(x, attend, rows)
+            x, routing = block(x, attend, segments)
             routings += [routing] if routing is not None else []
         hidden = self.norm(x)
         mtp_hidden = None
         if mtp and self.mtp:
             layer = self.mtp[0]
-            embed = self.embed_tokens(tokens_BT.roll(-1, dims=1).flatten())
+            embed = self.embed_tokens(tokens_N.roll(-1))
             trunk = hidden
             if detach_trunk:
                 trunk, embed = trunk.detach(), embed.detach()
-            y, routing = layer(layer.merge(trunk, embed), attend, rows)
+            y, routing = layer(layer.merge(trunk, embed), attend, segments)
             routings += [routing] if routing is not None else []
             mtp_hidden = layer.shared_head["norm"](y)
         load = torch.stack([r.load_E for r in routings]) if routings else None

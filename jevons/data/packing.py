@@ -1,0 +1,80 @@
+"""Packed training rows. A batch is a function of (seed, step) alone: resuming needs the step and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+Document = tuple[list[int], list[float]]  # token ids, and the loss weight of each id (as a target)
+
+
+@dataclass
+class Batch:
+    """Flat tokens of rows of like length, segment after segment; `segments` holds (rows, length) of each.
+
+    `weights` and `mtp_weights` at i weigh predicting token i+1 and i+2 there; both are 0 where that token lies past the
+    row. `order` gives, row by row, which of the packed documents it holds.
+    """
+
+    tokens_N: torch.Tensor
+    targets_N: torch.Tensor
+    mtp_targets_N: torch.Tensor
+    weights_N: torch.Tensor
+    mtp_weights_N: torch.Tensor
+    positions_N: torch.Tensor
+    segments: list[tuple[int, int]]
+    order: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_N.numel()
+
+
+def pack(documents: Sequence[Document], pad_id: int, rows_per_segment: int = 16) -> Batch:
+    """One document a row, sorted by length into segments padded to their longest: attention costs each document its
+    own square, and nothing looks across documents."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i][0]))
+    segments: list[tuple[int, int]] = []
+    parts: list[list[torch.Tensor]] = []
+    for first in range(0, len(order), rows_per_segment):
+        chosen = [documents[i] for i in order[first : first + rows_per_segment]]
+        length = len(chosen[-1][0])
+        ids = torch.tensor([d + [pad_id] * (length - len(d)) for d, _ in chosen])
+        own = torch.tensor([w + [0.0] * (length - len(w)) for _, w in chosen], dtype=torch.float32)
+        ahead = [torch.cat([own[:, by:], own.new_zeros(len(chosen), min(by, length))], 1) for by in (1, 2)]
+        parts.append([ids, ids.roll(-1, 1), ids.roll(-2, 1), *ahead, torch.arange(length).expand(len(chosen), -1)])
+        segments.append((len(chosen), length))
+    flat = [torch.cat([part[i].flatten() for part in parts]) for i in range(6)]
+    return Batch(*flat, segments, order)
+
+
+def take_documents(documents: Iterator[Document], tokens: int) -> list[Document]:
+    """Documents until the next would go past `tokens`; at least one."""
+    out: list[Document] = []
+    room = tokens
+    for document in documents:
+        room -= len(document[0])
+        if out and room < 0:
+            break
+        out.append(document)
+    return out
+
+
+class Prefetcher:
+    """Computes `make(step + 1)` in a thread while step trains. Only the order of computing changes, never a number."""
+
+    def __init__(self, make: Callable[[int], Batch]):
+        self._make = make
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future] | None = None
+
+    def get(self, step: int) -> Batch:
+        batch = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._make(step)
+        self._ahead = (step + 1, self._pool.submit(self._make, step + 1))
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

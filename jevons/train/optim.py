@@ -1,0 +1,112 @@
+"""AdamW with the V3 settings, and Muon for matrices: batched over experts, fused projections part by part.
+
+torch's own Muon takes 2-D tensors only; this one orthogonalises all matrices of one shape in one batched call, and is
+held to torch's by a test.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from jevons.recipe import OptimizerTable
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+
+
+def orthogonalise(g_BMN: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz: each matrix's singular values pushed to about 1 (quintic iteration, bf16 as torch's Muon)."""
+    a, b, c = NS_COEFFICIENTS
+    x = g_BMN.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.transpose(1, 2)
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(NS_STEPS):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the orthogonalised update times lr * sqrt(max(1, rows / columns)), per published matrix.
+
+    `params`: 2-D [out, in] or stacked 3-D [E, out, in] parameters; `parts[i]`: the rows of each matrix in params[i].
+    """
+
+    def __init__(self, params: list[nn.Parameter], parts: list[list[int]], lr: float = 0.02, momentum: float = 0.95,
+                 weight_decay: float = 0.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.parts = dict(zip(params, parts, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                rows = self.parts[p]
+                for weight, u in zip(p.split(rows, dim=-2), update.split(rows, dim=-2), strict=True):
+                    by_shape.setdefault(tuple(u.shape[-2:]), []).append((weight, u))
+            for (rows, columns), pairs in by_shape.items():
+                stacked = torch.cat([u.reshape(-1, rows, columns) for _, u in pairs])
+                ortho = orthogonalise(stacked).to(torch.float32)
+                scale = -group["lr"] * math.sqrt(max(1.0, rows / columns))
+                for (weight, u), o in zip(pairs, ortho.split([u.numel() // (rows * columns) for _, u in pairs]), strict=True):
+                    weight.add_(o.reshape(u.shape), alpha=scale)
+
+
+def build_optimizers(model: nn.Module, table: OptimizerTable) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for hidden matrices and AdamW for the rest. Norms and biases are not decayed."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {n: rows for n, rows in model.matrix_parts().items() if n in parameters} if table.matrices == "muon" else {}
+    rest = [p for name, p in parameters.items() if name not in matrices]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": table.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=table.lr, betas=table.betas, fused=True)]
+    if matrices:
+        optimizers.append(Muon([parameters[n] for n in matrices], list(matrices.values()), lr=table.matrix_lr,
+                               weight_decay=table.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(step: int, steps: int, table: OptimizerTable) -> float:
+    """The schedule as a factor of the base rate for update `step` of `steps`, both counted from 0."""
+    if step < table.warmup_steps:
+        return (step + 1) / table.warmup_steps
+    if table.schedule == "constant":
+        return 1.0
+    progress = (step - table.warmup_steps) / max(1, steps - table.warmup_steps)
+    shape = 1 - progress if table.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return table.final_lr_fraction + (1 - table.final_lr_fraction) * shape
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Every optimizer's state by parameter name, for the train state: `optimizer.0.lm_head.weight.exp_avg`, ..."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"optimizer.{i}.{names[p]}.{key}": value for i, optimizer in enumerate(optimizers)
+            for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, rest = name.split(".", 2)
+            parameter, _, key = rest.rpartition(".")
+            optimizers[int(index)].state[parameters[parameter]][key] = value

@@ -1,0 +1,69 @@
+"""Pretraining: next-token and MTP loss on packed worked solutions of a task, generated as they are needed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from jevons.data.packing import Batch, Document, Prefetcher, pack, take_documents
+from jevons.data.tokenizer import Tokenizer
+from jevons.model import CausalLM
+from jevons.recipe import PretrainStage
+from jevons.train.objective import LossParts, load_metrics, mtp_loss, token_losses, update_router_bias
+
+
+def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: float) -> Iterator[Document]:
+    """Endless documents `prompt + worked solution + eos`; the prompt's ids weigh `prompt_weight` as targets."""
+    rng = random.Random(seed)
+    render = tokenizer.renderer()
+    while True:
+        problem = task.sample(rng)
+        rendered = render.example(problem.prompt, task.trace(problem, rng))
+        yield rendered.ids, [1.0 if own else prompt_weight for own in rendered.loss_mask]
+
+
+class Pretrain:
+    """See `train.objective.Objective`. One update of one micro-batch a step."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Any, stage: PretrainStage, seed: int):
+        self.model, self.tokenizer, self.task, self.stage, self.seed = model, tokenizer, task, stage, seed
+        self.steps = max(1, round(stage.tokens / stage.batch_tokens))
+        self._load: torch.Tensor | None = None
+        self._prefetch = Prefetcher(self._make)
+
+    def _make(self, step: int) -> Batch:
+        documents = trace_documents(self.task, self.tokenizer, f"pretrain {self.seed} {step}", self.stage.prompt_weight)
+        return pack(take_documents(documents, self.stage.batch_tokens), self.tokenizer.pad_id)
+
+    def next_batch(self, step: int) -> list[list[Batch]]:
+        return [[self._prefetch.get(step)]]
+
+    def loss(self, batch: Batch) -> LossParts:
+        out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=self.stage.mtp_weight > 0)
+        weights = batch.weights_N
+        main = token_losses(self.model, out.hidden_ND, batch.targets_N, weights) / weights.sum()
+        second = mtp_loss(self.model, out, batch) if out.mtp_hidden_ND is not None else main.new_zeros(())
+        loss = main + self.stage.mtp_weight * second + self.model.config.aux_loss_alpha * out.balance_loss
+        sums = {"loss": main.item(), "mtp_loss": second.item(), "balance_loss": out.balance_loss.item()}
+        return LossParts(loss, sums | {"tokens": batch.tokens}, out.load_RE)
+
+    def after_update(self, load_RE: torch.Tensor | None) -> None:
+        self._load = load_RE
+        if load_RE is not None:
+            update_router_bias(self.model, load_RE, self.stage.bias_update_speed)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
+        shown = ("loss", "mtp_loss", "balance_loss") if self.model.mtp else ("loss", "balance_loss")
+        return {key: sums[key] for key in shown} | load_metrics(self._load)
+
+    def samples(self) -> list[dict[str, Any]]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
