@@ -1,0 +1,65 @@
+"""Token events of one request to the text that is sent: decoded, cut at stop strings, split into thought and answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jevons.chat import EOS, ReasoningParser
+from jevons.engine.types import TokenEvent
+from jevons.serve.host import Unavailable
+
+
+class EngineFailed(RuntimeError):
+    """The engine could not go on with a request."""
+
+
+class StopFilter:
+    """Cuts text before the first stop string, and holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops, self.held = stops, ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text that may be sent, whether a stop string was found)."""
+        text = self.held + text
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        keep = max((n for stop in self.stops for n in range(min(len(stop) - 1, len(text)), 0, -1)
+                    if not found and text.endswith(stop[:n])), default=0)
+        end = min(found) if found else len(text) - keep
+        self.held = "" if found else text[end:]
+        return text[:end], bool(found)
+
+
+class Answer:
+    """Token events of one request to thought and answer, with their counts. `finish` is set at the end."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]):
+        self._decoder, self._eos = tokenizer.decode_stream(), tokenizer.special[EOS]
+        self._stop, self._parser = StopFilter(stops), ReasoningParser()
+        self.tokens = self.reasoning_tokens = 0
+        self.finish: str | None = None
+
+    def feed(self, events: Sequence[TokenEvent]) -> tuple[str, str]:
+        """New (reasoning, content) text. Raises what an error event says; events after the end are not read."""
+        thought = content = ""
+        for event in events:
+            if event.finish_reason == "error":
+                raise EngineFailed(event.error or "the engine failed")
+            if event.finish_reason == "cancelled":
+                raise Unavailable("the request was cancelled by the server; ask again")
+            text = ""
+            if event.token_id is not None:
+                self.tokens += 1
+                self.reasoning_tokens += self._parser.in_reasoning
+                if event.token_id != self._eos:
+                    text = self._decoder.step(event.token_id) or ""
+            text, stopped = self._stop.feed(text)
+            self.finish = "stop" if stopped else event.finish_reason
+            if self.finish:
+                text += self._stop.held
+            for part in [self._parser.feed(text)] + ([self._parser.finish()] if self.finish else []):
+                thought, content = thought + part[0], content + part[1]
+            if self.finish:
+                break
+        return thought, content

@@ -1,0 +1,111 @@
+"""The chat request as clients send it: types, ranges, and what is refused because it would be ignored."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from jevons.engine.types import SamplingParams
+
+_MAX_STOPS = 16
+# Fields whose effect the engine does not have, with the values that ask for nothing. Any other value is an error.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none",),
+    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": ({},),
+    "web_search_options": (), "reasoning_effort": (), "thinking": ({"type": "enabled"},),
+}
+
+
+class Unsupported(ValueError):
+    """A field that asks for something this server does not do; `param` names it."""
+
+    def __init__(self, param: str, message: str):
+        super().__init__(message)
+        self.param = param
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class Message(_Model):
+    """`reasoning_content` (and `reasoning`) of earlier turns may be there and is not used. Text parts become lines."""
+
+    role: str
+    content: str | None = Field(json_schema_extra={"description": "text, or a list of {type: 'text', text} parts"}, default=None)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError("a list of content may hold only parts like {'type': 'text', 'text': '...'}")
+        return "\n".join(part["text"] for part in content)
+
+    @model_validator(mode="after")
+    def _needs_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content of a {self.role!r} message must be text")
+        return self
+
+
+class StreamOptions(_Model):
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Model):
+    """Body of POST /v1/chat/completions. Unknown fields are accepted; those that would be ignored are not."""
+
+    messages: list[Message]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: str | list[str] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > _MAX_STOPS or not all(1 <= len(s) <= 1000 for s in strings):
+            raise ValueError(f"stop takes at most {_MAX_STOPS} strings of 1 to 1000 characters")
+        return stop
+
+    def refuse_unsupported(self) -> None:
+        """Raises Unsupported for a field that would silently change nothing."""
+        extra = self.model_extra or {}
+        for name, harmless in _UNSUPPORTED.items():
+            if (value := extra.get(name)) is not None and value not in harmless:
+                hint = f"; leave it out or send {harmless[0]!r}" if harmless else "; leave it out"
+                raise Unsupported(name, f"{name} is not supported by this server{hint}")
+        for index, message in enumerate(self.messages):
+            for name in ("tool_calls", "prefix"):
+                if (message.model_extra or {}).get(name):
+                    raise Unsupported(f"messages[{index}].{name}", f"messages[{index}].{name} is not supported by this server")
+
+    def conversation(self) -> list[dict[str, str]]:
+        """Role and text of each message, as `chat.Renderer` takes them; OpenAI's `developer` is a system message."""
+        return [{"role": "system" if m.role == "developer" else m.role, "content": m.content or ""} for m in self.messages]
+
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self) -> SamplingParams:
+        """A request without a seed gets a random one."""
+        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        return SamplingParams(
+            max_tokens=min(limits, default=None),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=secrets.randbits(31) if self.seed is None else self.seed & (2**63 - 1),
+            stop=self.stops(),
+        )
