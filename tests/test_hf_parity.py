@@ -14,20 +14,26 @@ transformers = pytest.importorskip("transformers")
 SHAPES = [(1, 1), (2, 17), (3, 40)]
 
 
-def ids(shape, vocab):
-    return torch.randint(vocab, shape)
-
-
-def ours(model, tokens):
-    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+def ours(model, *batches):
+    """Logits of every batch [B, T], all of them segments of one call."""
+    positions = torch.cat([torch.arange(t.shape[1]).repeat(t.shape[0]) for t in batches])
     with torch.no_grad():
-        out = model.forward_rows(tokens, positions, None)
-        return model.logits(out.hidden_ND).view(*tokens.shape, -1)
+        out = model.forward_train(torch.cat([t.flatten() for t in batches]), positions, [tuple(t.shape) for t in batches])
+        logits = model.logits(out.hidden_ND).split([t.numel() for t in batches])
+    return [flat.view(*t.shape, -1) for flat, t in zip(logits, batches, strict=True)]
 
 
 def theirs(model, tokens):
     with torch.no_grad():
         return model(tokens).logits
+
+
+def check_logits(model, reference, vocab):
+    batches = [torch.randint(vocab, shape) for shape in SHAPES]
+    for tokens, logits in zip(batches, ours(model, *batches), strict=True):
+        expected = theirs(reference.eval(), tokens)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["v3-nano", "v3-tiny"])
@@ -43,21 +49,13 @@ def test_transformers_opens_ours(tmp_path, name):
     loaded, info = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all(key.startswith(f"model.layers.{config.num_hidden_layers}.") for key in info["unexpected_keys"]), info
-    for shape in SHAPES:
-        tokens = ids(shape, config.vocab_size)
-        expected = theirs(loaded.eval(), tokens)
-        assert expected.std() > 0.1
-        torch.testing.assert_close(ours(model, tokens), expected, atol=1e-4, rtol=0)
+    check_logits(model, loaded, config.vocab_size)
 
 
 def check_foreign(directory, model, vocab):
     model.save_pretrained(directory)
     loaded = load_checkpoint(directory, need_tokenizer=False).model
-    for shape in SHAPES:
-        tokens = ids(shape, vocab)
-        expected = theirs(model.eval(), tokens)
-        assert expected.std() > 0.1
-        torch.testing.assert_close(ours(loaded, tokens), expected, atol=1e-4, rtol=0)
+    check_logits(loaded, model, vocab)
     return loaded
 
 
@@ -78,7 +76,7 @@ def test_ours_opens_qwen2(tmp_path, tied):
     save_checkpoint(tmp_path / "again", loaded, None, {})
     again, info = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    tokens = ids((2, 9), 320)
+    tokens = torch.randint(320, (2, 9))
     torch.testing.assert_close(theirs(again.eval(), tokens), theirs(model, tokens), atol=1e-5, rtol=0)
 
 
@@ -111,7 +109,8 @@ def test_without_low_rank_queries(tmp_path):
     """V2-Lite's shape: q_lora_rank null."""
     config = preset("v3-nano", q_lora_rank=None, routed_scaling_factor=2.5, norm_topk_prob=False)
     model = build_model(config, seed=random.randrange(2**31))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     save_checkpoint(tmp_path, model, None, {})
-    loaded = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    tokens = ids((2, 20), config.vocab_size)
-    torch.testing.assert_close(ours(model, tokens), theirs(loaded, tokens), atol=1e-4, rtol=0)
+    check_logits(model, transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), config.vocab_size)
