@@ -1,0 +1,1 @@
+"""The engine: scheduler, sampler, and `submit / step / cancel` over the latent cache."""

@@ -65,25 +65,25 @@ class BatchMeta:
     first_page: int | None = None  # set where the table is first_page, first_page + 1, ... row by row
 
 
-def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int], query_lens: Sequence[int], page_size: int,
-               first_page: int | None = None) -> BatchMeta:
-    """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones."""
+def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int] | torch.Tensor, query_lens: Sequence[int] | None,
+               page_size: int, first_page: int | None = None) -> BatchMeta:
+    """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones (None: one each)."""
     device = page_table_SP.device
-    ctx = torch.tensor(contexts, dtype=torch.long)
-    lens = torch.tensor(query_lens, dtype=torch.long)
-    sequences, max_query = len(query_lens), max(query_lens)
-    max_context = int((ctx + lens).max())
-    if max_query == 1:
-        sequence, query = torch.arange(sequences), torch.zeros(sequences, dtype=torch.long)
+    ctx = torch.as_tensor(contexts, dtype=torch.long)
+    sequences = len(ctx)
+    if query_lens is None or max(query_lens) == 1:
+        max_query, sequence, query = 1, torch.arange(sequences), torch.zeros(sequences, dtype=torch.long)
+        positions, max_context = ctx.clone(), int(ctx.max()) + 1
     else:
+        lens = torch.tensor(query_lens, dtype=torch.long)
+        max_query, max_context = max(query_lens), int((ctx + lens).max())
         sequence = torch.repeat_interleave(torch.arange(sequences), lens)
-        starts = lens.cumsum(0) - lens
-        query = torch.arange(int(lens.sum())) - starts[sequence]
-    positions = ctx[sequence] + query
-    sequence, positions = sequence.to(device), positions.to(device)
-    cells = page_table_SP[sequence, positions // page_size] * page_size + positions % page_size
+        query = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[sequence]
+        positions = ctx[sequence] + query
     seen = ctx[:, None] + torch.arange(max_query)  # [S, max_query]: last position a query may see
     mask = torch.zeros(sequences, max_query, max_context)
     mask.masked_fill_(torch.arange(max_context) > seen[:, :, None], float("-inf"))
+    sequence, positions = sequence.to(device), positions.to(device)
+    cells = page_table_SP[sequence, positions // page_size] * page_size + positions % page_size
     return BatchMeta(page_table_SP, cells, positions, sequence, query.to(device), sequences, max_query, max_context,
                      mask.to(device), first_page)
