@@ -1,0 +1,102 @@
+// Everything the live page knows, gathered from the lines of metrics.jsonl and nothing else.
+
+export class RunState {
+  constructor() {
+    this.run = null;
+    this.stages = new Map(); // name -> {name, kind, budget, unit, status, steps: [line], last}
+    this.evals = new Map(); // checkpoint -> line
+    this.samples = null;
+    this.done = null;
+    this.lines = 0;
+    this.lastUnix = null;
+  }
+
+  stage(name) {
+    if (!this.stages.has(name)) this.stages.set(name, { name, kind: name, budget: null, unit: "steps", status: "waiting", steps: [], last: null });
+    return this.stages.get(name);
+  }
+
+  add(line) {
+    this.lines += 1;
+    if (line["time.unix"]) this.lastUnix = line["time.unix"];
+    if (line.kind === "run") this.addRun(line);
+    else if (line.kind === "done") this.done = line;
+    else if (line.kind === "samples") this.samples = line;
+    else if (line.kind === "eval") this.evals.set(`${line.checkpoint} ${line.name}`, line);
+    if (line.kind !== "done") this.done = this.done && line.kind === "run" ? null : this.done; // a resumed run goes on
+    const named = line.stage && line.kind !== "run" && line.kind !== "done" ? this.stage(line.stage) : null;
+    if (!named) return;
+    if (line.kind === "stage") named.status = line.event === "end" ? "done" : "running";
+    else if (named.status === "waiting") named.status = "running";
+    if (line.kind === "step") {
+      named.steps.push(line);
+      named.last = line;
+    }
+    if (line.kind === "eval") named.evaluated = (named.evaluated ?? 0) + 1;
+  }
+
+  addRun(line) {
+    this.run = line;
+    for (const { name, kind, budget, unit } of line.stages ?? []) Object.assign(this.stage(name), { kind, budget, unit });
+  }
+
+  get current() {
+    return [...this.stages.values()].find((stage) => stage.status === "running") ?? null;
+  }
+
+  /** The last stage that logged steps. */
+  get newest() {
+    return [...this.stages.values()].filter((stage) => stage.last).pop() ?? null;
+  }
+
+  /** Tokens and seconds are counted per stage; their sum over stages. */
+  total(key) {
+    return [...this.stages.values()].reduce((sum, stage) => sum + (stage.last?.[key] ?? 0), 0);
+  }
+
+  /** Dollars as logged: a value below the one before it begins a new count (a new stage). */
+  get dollars() {
+    if (Number.isFinite(this.done?.["time.dollars"])) return this.done["time.dollars"];
+    let before = 0, last = 0;
+    for (const stage of this.stages.values()) {
+      for (const step of stage.steps) {
+        const value = step["time.dollars"];
+        if (!Number.isFinite(value)) continue;
+        if (value < last) before += last;
+        last = value;
+      }
+    }
+    return before + last;
+  }
+
+  get seconds() {
+    return this.done?.["time.seconds"] ?? this.total("time.seconds");
+  }
+
+  /** {share done, seconds left} of a stage; the pace is that of its last 20 steps. */
+  progress(stage) {
+    const at = stage.unit === "tokens" ? stage.last?.tokens ?? 0 : stage.last?.step ?? stage.evaluated ?? 0;
+    const share = stage.status === "done" ? 1 : stage.budget ? Math.min(1, at / stage.budget) : 0;
+    const { steps } = stage, a = steps[Math.max(0, steps.length - 20)], b = stage.last;
+    let left = NaN;
+    if (stage.status === "running" && a && b && a !== b && stage.budget) {
+      const amount = (line) => (stage.unit === "tokens" ? line.tokens : line.step);
+      left = ((stage.budget - at) * (b["time.seconds"] - a["time.seconds"])) / Math.max(1, amount(b) - amount(a));
+    }
+    return { at, share, left };
+  }
+
+  /** The accuracy to show now: of GRPO's last ten steps while it runs, otherwise of the newest evaluation. */
+  get accuracy() {
+    const evaluated = [...this.evals.values()].pop(), { newest } = this;
+    const rates = (newest?.steps ?? []).map((step) => step.accuracy).filter(Number.isFinite).slice(-10);
+    if (evaluated && (!rates.length || this.current?.kind === "eval" || !this.current)) {
+      return { value: evaluated.accuracy, note: `${evaluated.name ?? evaluated.checkpoint}, greedy, ${evaluated.n} held-out problems` };
+    }
+    if (rates.length) return { value: rates.reduce((a, b) => a + b) / rates.length, note: "of sampled answers, last 10 steps" };
+    return { value: NaN, note: "known once the model answers" };
+  }
+}
+
+/** Points [step, value] of one key, leaving out what was not a number. */
+export const series = (stage, key) => stage.steps.map((line) => [line.step, line[key]]).filter(([x, y]) => Number.isFinite(x) && Number.isFinite(y));

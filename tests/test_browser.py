@@ -1,0 +1,344 @@
+"""The pages in headless Chromium, against a small server with a made-up model in DeepSeek's stream shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from synthetic_metrics import RIGHT, make_lines, write_metrics
+
+from jevons.serve.pages import PageInfo, add_pages
+
+EXAMPLES = [
+    "Reach 40 with 3, 7 and 19, each used once.",
+    "3 7 19 -> 40",
+    "Using the numbers 5, 8 and 12, make 28.",
+    "2 4 11 -> 30",
+]
+TAUGHT = "Countdown: reach a target from three numbers with + - * /, each number used once."
+MARKDOWN = """The answer is **2*3*4 + 16 = 40**.
+
+| step | value |
+|---|--:|
+| `2*3*4` | 24 |
+| + 16 | 40 |
+
+In code:
+
+```python
+def reach(a: int, b: int) -> int:
+    # multiply, then add
+    return a * 4 + b  # "40"
+```
+
+and as a formula, $x = \\frac{40 - 16}{4}$:
+
+$$\\sum_{k=1}^{n} k = \\frac{n(n+1)}{2}$$
+
+<img src=x onerror="document.title='broken'"> stays text.
+"""
+
+
+def fake_app(metrics: Path | None, delay: float = 0.02, training: str | None = None) -> FastAPI:
+    """Questions steer it: "busy" is refused, "break" dies mid-stream, "wait" waits, "long" thinks long, "rich" has Markdown."""
+    app = FastAPI()
+    app.state.bodies, app.state.busy, app.state.training = [], True, training
+    info = PageInfo(lambda: "countdown-laptop", lambda: TAUGHT, lambda: EXAMPLES, 0.10, lambda: app.state.training)
+    add_pages(app, info, metrics)
+
+    @app.post("/v1/chat/completions")
+    async def completions(request: Request):
+        body = await request.json()
+        app.state.bodies.append(body)
+        question = body["messages"][-1]["content"]
+        if "busy" in question and app.state.busy:
+            error = {
+                "message": "Too many questions at once; 64 are waiting.",
+                "type": "overloaded",
+                "param": None,
+                "code": "overloaded",
+            }
+            return JSONResponse({"error": error}, 503, headers={"Retry-After": "2"})
+        return StreamingResponse(stream(question, delay), media_type="text/event-stream")
+
+    return app
+
+
+async def stream(question: str, delay: float) -> AsyncIterator[str]:
+    def chunk(delta: dict, finish: str | None = None, **more: object) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        data = {"id": "x", "object": "chat.completion.chunk", "model": "m", "choices": [choice], **more}
+        return f"data: {json.dumps(data)}\n\n"
+
+    for _ in range(30 if "wait" in question else 1):
+        yield ": keep-alive\n\n"
+        await asyncio.sleep(0.1 if "wait" in question else 0)
+    yield chunk({"role": "assistant", "content": None, "reasoning_content": ""})
+    thought = re.findall(r"\S+\s*", RIGHT * (12 if "long" in question else 1))
+    for word in thought:
+        yield chunk({"content": None, "reasoning_content": word})
+        await asyncio.sleep(delay)
+    if "break" in question:
+        return
+    answer = re.findall(r"\S+\s*", MARKDOWN if "rich" in question else "3*7+19 = 40")
+    for word in answer:
+        yield chunk({"content": word, "reasoning_content": None})
+        await asyncio.sleep(delay)
+    usage = {
+        "prompt_tokens": 31,
+        "completion_tokens": len(thought) + len(answer),
+        "total_tokens": 31 + len(thought) + len(answer),
+        "cost": {"seconds": 0.9, "dollars": 0.9 * 0.10 / 3600},
+        "prompt_cache_hit_tokens": 0,
+        "prompt_cache_miss_tokens": 31,
+        "completion_tokens_details": {"reasoning_tokens": len(thought)},
+    }
+    yield chunk({"content": "", "reasoning_content": None}, "stop", usage=usage)
+    yield "data: [DONE]\n\n"
+
+
+# ---- the browser
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def site(chromium, tmp_path):
+    """open(path, **context) -> page, with the app, the metrics file, what the console said and what was asked elsewhere."""
+    metrics = tmp_path / "metrics.jsonl"
+    app = fake_app(metrics, delay=0.005)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.02)
+    base = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    contexts, said, foreign, renders = [], [], [], []
+
+    def note(request):
+        if not request.url.startswith((base, "data:")):
+            foreign.append(request.url)
+        if request.url.endswith("/ui/render"):
+            renders.append(request.post_data_json["text"])
+
+    def open_page(path="/", **options):
+        contexts.append(chromium.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", note)
+        page.goto(base + path)
+        return page
+
+    yield SimpleNamespace(open=open_page, app=app, metrics=metrics, said=said, foreign=foreign, renders=renders)
+    for context in contexts:
+        context.close()
+    server.should_exit = True
+    thread.join(10)
+
+
+def ask(page, text):
+    count = page.locator(".turn.assistant").count()
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+    page.locator(".turn.assistant").nth(count).wait_for()
+    return page.locator(".turn.assistant").nth(count)
+
+
+def finished(turn):
+    turn.locator(".usage span").first.wait_for()
+    return turn
+
+
+def test_a_question_from_the_examples(site):
+    page = site.open()
+    page.locator(".example").first.wait_for()
+    assert page.locator(".taught").inner_text() == TAUGHT
+    assert page.locator(".example").all_inner_texts() == EXAMPLES
+    page.locator(".example").first.click()
+    turn = page.locator(".turn.assistant")
+    turn.locator("details[open].thinking").wait_for()
+    finished(turn)
+    assert turn.locator(".markdown").inner_text() == "3*7+19 = 40"
+    assert re.fullmatch(r"Thought for [\d.]+ s · \d+ tokens", turn.locator(".label").inner_text())
+    assert not turn.locator("details").evaluate("d => d.open")
+    turn.locator("summary").click()
+    assert turn.locator(".thought-text").inner_text() == RIGHT
+    turn.locator(".fold").click()
+    assert not turn.locator("details").evaluate("d => d.open")
+    assert "tokens/s" in turn.locator(".usage").inner_text() and "$0.000025" in turn.locator(".usage").inner_text()
+    page.reload()  # kept in the browser
+    page.locator(".turn.assistant .markdown p").wait_for()
+    assert page.locator(".turn.user .bubble").inner_text() == EXAMPLES[0]
+    assert (site.said, site.foreign) == ([], [])
+
+
+def test_markdown_streams_block_by_block(site):
+    page = site.open()
+    turn = finished(ask(page, "rich"))
+    turn.locator("math[display=block]").wait_for()
+    assert turn.locator("strong").inner_text() == "2*3*4 + 16 = 40"
+    assert turn.locator("td").count() == 4 and turn.locator(".hl .k").count() > 0 and turn.locator("img").count() == 0
+    first = next(i for i, text in enumerate(site.renders) if text.startswith("The answer") and "\n\n" in text)
+    assert not any("The answer" in text for text in site.renders[first + 1 :]), "a finished block is not sent again"
+    assert "broken" not in page.title()
+    assert (site.said, site.foreign) == ([], [])
+
+
+def test_stop_again_edit_and_branches(site):
+    page = site.open()
+    turn = ask(page, "long")
+    turn.locator(".thought-text").wait_for()
+    page.click("#send[aria-label=Stop]")
+    turn.get_by_text("You stopped this answer.").wait_for()
+    finished(ask(page, "once more"))
+    again = page.locator(".turn.assistant").nth(1)
+    again.get_by_label("Ask again").click()
+    page.get_by_text("2 / 2").wait_for()
+    finished(page.locator(".turn.assistant").nth(1))
+    page.locator(".turn.user").first.hover()
+    page.get_by_label("Edit and ask again").first.click()
+    page.get_by_label("Edit your question").fill("another question")
+    page.get_by_label("Edit your question").press("Enter")
+    finished(page.locator(".turn.assistant").first)
+    assert page.locator(".bubble").all_inner_texts() == ["another question"]
+    page.get_by_label("Earlier version").first.click()
+    assert page.locator(".bubble").all_inner_texts() == ["long", "once more"]
+    assert [len(body["messages"]) for body in site.app.state.bodies] == [1, 1, 1, 1]
+    page.fill("#search", "another")
+    assert page.locator(".conversation").count() == 1
+    page.fill("#search", "nowhere in here")
+    assert page.locator(".conversation").count() == 0
+    assert (site.said, site.foreign) == ([], [])
+
+
+def test_settings_and_memory_reach_the_request(site):
+    page = site.open()
+    page.click("[aria-label=Settings]")
+    page.fill("#max-tokens", "77")
+    page.locator("#temperature").fill("1.5")
+    page.keyboard.press("Escape")
+    page.fill("#question", "one")
+    page.press("#question", "Shift+Enter")
+    page.type("#question", "two")
+    page.press("#question", "Enter")
+    finished(page.locator(".turn.assistant"))
+    page.get_by_text("Remember earlier turns").click()
+    finished(ask(page, "three"))
+    first, second = site.app.state.bodies
+    assert (first["max_tokens"], first["temperature"], first["stream"], first["model"]) == (
+        77,
+        1.5,
+        True,
+        "countdown-laptop",
+    )
+    assert first["messages"] == [{"role": "user", "content": "one\ntwo"}]
+    assert [m["content"] for m in second["messages"]] == ["one\ntwo", "3*7+19 = 40", "three"]
+
+
+def test_errors_are_shown_in_place(site):
+    page = site.open()
+    turn = ask(page, "busy")
+    turn.get_by_text("64 are waiting").wait_for()
+    assert "wait 2 s" in turn.locator(".notice").inner_text()
+    site.app.state.busy = False
+    turn.get_by_text("Try again").click()
+    finished(page.locator(".turn.assistant"))
+    turn = ask(page, "break")
+    turn.get_by_text("closed before the answer was complete").wait_for()
+    turn.locator("summary").click()
+    page.context.set_offline(True)
+    turn = ask(page, "anybody?")
+    turn.get_by_text("The server does not answer.").wait_for()
+    page.locator(".banner.down").wait_for()
+    page.context.set_offline(False)
+    page.locator(".banner").wait_for(state="hidden")
+    turn.get_by_text("Try again").click()
+    finished(page.locator(".turn.assistant").last)
+    assert site.foreign == []
+
+
+def test_waiting_for_training(site):
+    site.app.state.training = "pretrain, step 7 of 9"
+    page = site.open()
+    turn = ask(page, "wait")
+    turn.get_by_text("answered at the next step (pretrain, step 7 of 9)").wait_for()
+    finished(turn)
+    assert (site.said, site.foreign) == ([], [])
+
+
+def test_phone_width_and_themes(site):
+    page = site.open(viewport={"width": 390, "height": 780}, color_scheme="dark", has_touch=True)
+    finished(ask(page, "rich"))
+    dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    page.get_by_label("Switch between dark and light").click()
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") != dark
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.get_by_label("Show conversations").click()
+    page.locator("#new-chat").click()
+    page.locator(".example").first.wait_for()
+    write_metrics(site.metrics, pretrain=20, grpo=10)
+    page.goto(page.url.split("#")[0].rstrip("/") + "/runs")
+    page.locator(".tile").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert (site.said, site.foreign) == ([], [])
+
+
+def test_live_page_follows_the_metrics_file(site):
+    page = site.open("/runs")
+    page.get_by_text("No run yet").wait_for()
+    lines = make_lines(pretrain=30, grpo=20)
+    evals = [line for line in lines if line["kind"] == "eval"]
+    steps = [i for i, line in enumerate(lines) if line["kind"] == "step" and line["stage"] == "grpo"]
+    cut = steps[7] + 1
+    write = lambda part: site.metrics.write_text("".join(json.dumps(line) + "\n" for line in part))  # noqa: E731
+    write(lines[:cut])
+    page.get_by_text("running grpo").or_(page.get_by_text("no news for")).first.wait_for()
+    assert page.locator(".stage.done .stage-name").inner_text().startswith("pretrain")
+    curve = page.locator(".chart", has_text="Reward and accuracy").locator(".curve").first
+    before = curve.get_attribute("d")
+    assert before.count("L") == 7
+    write(lines[: steps[5]] + lines[steps[5] + 1 : cut])  # a line less
+    page.wait_for_function("d => document.querySelector('.chart .curve').getAttribute('d') !== d", arg=before)
+    write(lines)
+    page.get_by_text("finished").wait_for()
+    assert page.locator(".tile strong").first.inner_text() == f"{100 * evals[-1]['accuracy']:.1f} %"
+    assert page.locator("#evals tbody tr").count() == 2 and page.locator(".sample").count() == 4
+    assert page.locator(".cells").count() == 4
+    page.locator(".plot").first.hover()
+    assert page.locator(".cursor").count() > 1
+    assert (site.said, site.foreign) == ([], [])
