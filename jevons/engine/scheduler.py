@@ -33,7 +33,7 @@ class StopWatcher:
     def feed(self, token_id: int) -> bool:
         """True when the text so far contains a stop string."""
         text = self._tail + (self._stream.step(token_id) or "")
-        self._tail = text[len(text) - self._keep:] if self._keep else ""
+        self._tail = text[-self._keep:] if self._keep else ""
         return any(stop in text for stop in self._stops)
 
 
