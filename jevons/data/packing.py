@@ -51,6 +51,18 @@ def pack(documents: Sequence[Document], pad_id: int, rows_per_segment: int = 16)
     return Batch(*flat, segments, order)
 
 
+def align(batch: Batch, values: Sequence[Sequence[float]]) -> torch.Tensor:
+    """One number per packed document's token, as a target: flat [N], token j's number at the position that predicts it."""
+    flat = torch.zeros(batch.tokens)
+    start = row = 0
+    for rows, length in batch.segments:
+        for _ in range(rows):
+            own = values[batch.order[row]]
+            flat[start : start + len(own) - 1] = torch.tensor(own[1:])
+            start, row = start + length, row + 1
+    return flat
+
+
 def take_documents(documents: Iterator[Document], tokens: int) -> list[Document]:
     """Documents until the next would go past `tokens`; at least one."""
     out: list[Document] = []

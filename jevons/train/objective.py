@@ -3,62 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from jevons.data.packing import Batch
 from jevons.model import CausalLM, TrainOutput
+from jevons.numerics import linear
 
 
 @dataclass
 class LossParts:
-    """A micro-batch's loss, and sums of what is logged: `sums` are added over micro-batches, then divided by
-    `sums["count"]`-like weights in `Objective.metrics`."""
+    """A micro-batch's loss, and what is logged of it: `sums` are added over a step's micro-batches."""
 
     loss: torch.Tensor
     sums: dict[str, float] = field(default_factory=dict)
     load_RE: torch.Tensor | None = None
 
 
-class Objective(Protocol):
+class Objective:
     """One step is: `next_batch(step)` gives the updates of a step, each a list of micro-batches; every update is one
-    optimizer step. All randomness comes from the seed and `step`, so `state_dict` is small (often empty)."""
+    optimizer step. All randomness comes from the seed and `step`, so the state is small (often empty)."""
 
     steps: int
 
-    def next_batch(self, step: int) -> list[list[Any]]: ...
+    def next_batch(self, step: int) -> list[list[Any]]:
+        raise NotImplementedError
 
-    def loss(self, micro: Any) -> LossParts: ...
+    def loss(self, micro: Any) -> LossParts:
+        """`sums["tokens"]` counts the micro-batch's tokens."""
+        raise NotImplementedError
 
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         """Called after each optimizer step with the load of all its micro-batches (router bias update)."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
         """What this step logs, from the sums over its micro-batches."""
+        raise NotImplementedError
 
     def samples(self) -> list[dict[str, Any]]:
         """Samples to show for this step; often none."""
+        return []
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that resuming needs."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors that resuming needs (a reference policy)."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        pass
 
 
-def token_losses(model: CausalLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+def token_losses(model: CausalLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor,
+                 detach_head: bool = False) -> torch.Tensor:
     """Sum of weighted cross-entropies over tokens, in float32. Tokens of weight 0 are left out before the head."""
     keep = weights_N.nonzero().squeeze(1)
-    logits = model.logits(hidden_ND.index_select(0, keep)).float()
-    losses = F.cross_entropy(logits, targets_N[keep], reduction="none")
+    hidden = hidden_ND.index_select(0, keep)
+    logits = linear(hidden, model.lm_head.weight.detach()) if detach_head else model.logits(hidden)
+    losses = F.cross_entropy(logits.float(), targets_N[keep], reduction="none")
     return (losses * weights_N[keep]).sum()
 
 
-def mtp_loss(model: CausalLM, out: TrainOutput, batch: Batch) -> torch.Tensor:
+def mtp_loss(model: CausalLM, out: TrainOutput, batch: Batch, detach_head: bool = False) -> torch.Tensor:
     """Mean cross-entropy of the MTP module's second-next token (report eq. 24), over weighted tokens."""
-    weights = batch.mtp_weights_N
-    total = token_losses(model, out.mtp_hidden_ND, batch.mtp_targets_N, weights)
-    return total / weights.sum().clamp(min=1e-8)
+    total = token_losses(model, out.mtp_hidden_ND, batch.mtp_targets_N, batch.mtp_weights_N, detach_head)
+    return total / batch.mtp_weights_N.sum().clamp(min=1e-8)
 
 
 def update_router_bias(model: CausalLM, load_RE: torch.Tensor, speed: float) -> None:

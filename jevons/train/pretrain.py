@@ -12,7 +12,7 @@ from jevons.data.packing import Batch, Document, Prefetcher, pack, take_document
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM
 from jevons.recipe import PretrainStage
-from jevons.train.objective import LossParts, load_metrics, mtp_loss, token_losses, update_router_bias
+from jevons.train.objective import LossParts, Objective, load_metrics, mtp_loss, token_losses, update_router_bias
 
 
 def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: float) -> Iterator[Document]:
@@ -25,8 +25,8 @@ def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: f
         yield rendered.ids, [1.0 if own else prompt_weight for own in rendered.loss_mask]
 
 
-class Pretrain:
-    """See `train.objective.Objective`. One update of one micro-batch a step."""
+class Pretrain(Objective):
+    """One update of one micro-batch a step."""
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Any, stage: PretrainStage, seed: int):
         self.model, self.tokenizer, self.task, self.stage, self.seed = model, tokenizer, task, stage, seed
@@ -58,12 +58,3 @@ class Pretrain:
     def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
         shown = ("loss", "mtp_loss", "balance_loss") if self.model.mtp else ("loss", "balance_loss")
         return {key: sums[key] for key in shown} | load_metrics(self._load)
-
-    def samples(self) -> list[dict[str, Any]]:
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

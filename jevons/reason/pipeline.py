@@ -1,0 +1,258 @@
+"""Runs a recipe: each stage reads one checkpoint and writes the next. Killed anywhere, the same call goes on from there.
+
+A stage's directory holds `begin.json` (how long metrics.jsonl was when it began), its train state while it runs, and a
+checkpoint with provenance.json once it is complete. What was logged after the last saved state is dropped on resume and
+written again, the same but for `time.*`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from jevons import __version__
+from jevons.config import ModelConfig, preset
+from jevons.data.tokenizer import Tokenizer, train_tokenizer
+from jevons.engine.engine import Engine
+from jevons.model import CausalLM, build_model
+from jevons.plan import count_parameters, dollars
+from jevons.reason.evaluate import evaluate
+from jevons.reason.grpo import GRPO
+from jevons.reason.report import write_report
+from jevons.reason.tensorboard import write_tensorboard
+from jevons.recipe import EvalStage, GRPOStage, PretrainStage, Recipe
+from jevons.runtime import Runtime
+from jevons.store.checkpoint import is_complete, load_checkpoint, read_provenance, save_checkpoint
+from jevons.store.files import write_text
+from jevons.store.run_dir import MetricsLog, RunDir
+from jevons.tasks.base import Task
+from jevons.tasks.registry import load_task
+from jevons.train.loop import Interrupted, Loop, LoopSettings
+from jevons.train.objective import Objective
+from jevons.train.pretrain import Pretrain
+
+CONTEXT_SLACK = 128  # rollouts' room for the prompt beside max_tokens
+
+
+class Observer(Protocol):
+    """Who watches a run: the terminal, and the server's host where there is one. All calls come from the run's thread."""
+
+    def on_model(self, model: CausalLM, tokenizer: Tokenizer, name: str) -> None:
+        """A stage is about to train this model (its weights change in place)."""
+
+    def on_stage(self, name: str, done: int, budget: int) -> None: ...
+
+    def on_step(self, record: dict[str, Any], budget: int) -> None: ...
+
+    def should_stop(self) -> bool: ...
+
+
+class Run:
+    """One recipe in one directory. `execute` runs what is left of it."""
+
+    def __init__(self, recipe: Recipe, text: str, out: Path, observer: Observer, runtime: Runtime | None = None):
+        self.recipe, self.text, self.observer = recipe, text, observer
+        self.dir = RunDir(out)
+        self.runtime = runtime or Runtime.detect()
+        self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        self.model: CausalLM | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.results: list[dict[str, Any]] = []
+
+    def execute(self, only_stage: str | None = None) -> Path:
+        """Run every stage that is not complete (or just `only_stage`); returns the directory of the last checkpoint.
+
+        Raises Interrupted when the observer asked to stop, RunDirError for a busy or foreign directory or an edited
+        recipe, ValueError for an unknown stage.
+        """
+        names = [self.recipe.stage_name(i) for i in range(len(self.recipe.stages))]
+        if only_stage is not None and only_stage not in names:
+            raise ValueError(f"stage {only_stage!r} is not one of {', '.join(names)}")
+        with self.dir.lock():
+            self.dir.keep_recipe(self.text)
+            with MetricsLog(self.dir.metrics) as log:
+                self.log = log
+                for index, name in enumerate(names):
+                    if self._is_done(index):
+                        self._log_once({"kind": "stage", "stage": name, "event": "end"})
+                    elif only_stage in (None, name):
+                        self._stage(index)
+                    if name == only_stage:
+                        return self.dir.stage(index, name)
+                return self._finish()
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def _stage(self, index: int) -> None:
+        stage, name = self.recipe.stages[index], self.recipe.stage_name(index)
+        directory = self.dir.stage(index, name)
+        self._load_model(index)
+        self._begin(directory, name)
+        self.observer.on_model(self.model, self.tokenizer, f"{self.recipe.name}-{name}")
+        if isinstance(stage, EvalStage):
+            self._evaluate(index, stage, directory)
+        else:
+            self._train(index, stage, directory)
+        self._log_once({"kind": "stage", "stage": name, "event": "end"})
+        write_tensorboard(self.dir.metrics, self.dir.tensorboard)
+
+    def _begin(self, directory: Path, name: str) -> None:
+        """First entry: note where the log stands. Entry without a train state: go back to there."""
+        begin = directory / "begin.json"
+        if begin.exists() and not (directory / "train_state").exists():
+            self.log.truncate(json.loads(begin.read_text())["metrics_position"])
+        elif not begin.exists():
+            self._log_once(self._run_record())
+            directory.mkdir(parents=True, exist_ok=True)
+            write_text(begin, json.dumps({"metrics_position": self.log.position()}))
+        self._log_once({"kind": "stage", "stage": name, "event": "start"})
+
+    def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
+        name = self.recipe.stage_name(index)
+        objective = self._objective(stage)
+        settings = LoopSettings(
+            stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
+            dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
+            on_step=self.observer.on_step)
+        loop = Loop(self.model, objective, settings, self.log)
+        self.observer.on_stage(name, loop.resume(), objective.steps)
+        progress = loop.run()
+        save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
+            "steps": progress.step, "tokens": progress.tokens, "time.seconds": progress.seconds,
+            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)}))
+        shutil.rmtree(directory / "train_state", ignore_errors=True)
+
+    def _objective(self, stage: PretrainStage | GRPOStage) -> Objective:
+        if isinstance(stage, PretrainStage):
+            return Pretrain(self.model, self.tokenizer, self.task, stage, self.recipe.seed)
+        sequences = stage.problems * stage.group_size
+        engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
+                        max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + CONTEXT_SLACK))
+        objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
+        objective.dtype = self.runtime.dtype
+        return objective
+
+    def _evaluate(self, index: int, stage: EvalStage, directory: Path) -> None:
+        """Greedy accuracy of every checkpoint so far, on the same held-out problems."""
+        name, records = self.recipe.stage_name(index), []
+        trained = [i for i in range(index) if not isinstance(self.recipe.stages[i], EvalStage)]
+        self.observer.on_stage(name, 0, len(trained))
+        for count, i in enumerate(trained or [None]):
+            began = time.monotonic()
+            source = self.dir.stage(i, self.recipe.stage_name(i)) if i is not None else Path(self.recipe.model.from_dir)
+            model = load_checkpoint(source).model
+            result, _ = evaluate(model, self.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens)
+            seconds = time.monotonic() - began
+            records.append({"kind": "eval", "stage": name, "name": self.recipe.stage_name(i) if i is not None else "base",
+                            "checkpoint": str(source.relative_to(self.dir.path)) if i is not None else str(source)}
+                           | result.record() | {"time.seconds": seconds,
+                                                "time.dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)})
+            self.observer.on_step(records[-1] | {"step": count + 1}, len(trained))
+            if self.observer.should_stop():
+                raise Interrupted(f"stopped in stage {name}; it begins again")
+        for record in records:
+            self.log.append(record)
+        write_text(directory / "results.json", json.dumps(records, indent=2) + "\n")
+
+    # -- what stages stand on -----------------------------------------------------------------------------------------
+
+    def _is_done(self, index: int) -> bool:
+        directory = self.dir.stage(index, self.recipe.stage_name(index))
+        if isinstance(self.recipe.stages[index], EvalStage):
+            return (directory / "results.json").exists()
+        return is_complete(directory)
+
+    def _load_model(self, index: int) -> None:
+        """The model that stage `index` starts from: already in memory, the stage before's checkpoint, or the recipe's."""
+        if self.model is not None:
+            return
+        before = [i for i in range(index) if not isinstance(self.recipe.stages[i], EvalStage)]
+        source = self.dir.stage(before[-1], self.recipe.stage_name(before[-1])) if before else self.recipe.model.from_dir
+        if source is not None:
+            loaded = load_checkpoint(source, dtype=torch.float32)
+            self.model, self.tokenizer = loaded.model, loaded.tokenizer
+            return
+        self.tokenizer = self._train_tokenizer()
+        special = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": self.tokenizer.eos_id}
+        config: ModelConfig = preset(self.recipe.model.preset, **(
+            {"vocab_size": self.recipe.tokenizer.vocab_size} | special | self.recipe.model.set))
+        self.model = build_model(config, seed=self.recipe.seed)
+
+    def _train_tokenizer(self) -> Tokenizer:
+        rng = random.Random(f"tokenizer {self.recipe.seed}")
+
+        def texts():
+            for _ in range(self.recipe.tokenizer.samples):
+                problem = self.task.sample(rng)
+                yield problem.prompt
+                yield self.task.trace(problem, rng)
+
+        return train_tokenizer(texts(), self.recipe.tokenizer.vocab_size)
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def _run_record(self) -> dict[str, Any]:
+        parameters = count_parameters(self.model.config)
+        stages = []
+        for i, stage in enumerate(self.recipe.stages):
+            budget = {"pretrain": lambda s: max(1, round(s.tokens / s.batch_tokens)), "grpo": lambda s: s.steps}.get(stage.kind)
+            stages.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "unit": "steps" if budget else "problems",
+                           "budget": budget(stage) if budget else stage.n})
+        return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": stages,
+                "parameters": parameters.total + parameters.mtp, "active_parameters": parameters.active,
+                "dollars_per_hour": self.recipe.cost.dollars_per_hour, "task": self.recipe.task.name, "taught": self.taught(),
+                "time.unix": time.time()}
+
+    def taught(self) -> str:
+        """One line for people: what the model learns here."""
+        describe: Callable[[], str] | None = getattr(self.task, "describe", None)
+        return describe() if describe else self.recipe.description or f"the task {self.recipe.task.name}"
+
+    def _provenance(self, index: int, numbers: dict[str, Any]) -> dict[str, Any]:
+        return {"jevons": __version__, "recipe": self.recipe.name, "recipe_text": self.text, "seed": self.recipe.seed,
+                "task": {"name": self.recipe.task.name, "args": self.recipe.task.args}, "taught": self.taught(),
+                "stage": self.recipe.stage_name(index), "torch": torch.__version__, "cpu": self.runtime.cpu} | numbers
+
+    def _log_once(self, record: dict[str, Any]) -> None:
+        """Append a line that the log must hold exactly once (it may have been written before a kill)."""
+        same = ("kind", "stage", "event")
+        for line in self.dir.metrics.read_text(encoding="utf-8").splitlines():
+            if all(json.loads(line).get(key) == record.get(key) for key in same):
+                return
+        self.log.append(record)
+
+    def _finish(self) -> Path:
+        """`final/`: the last trained checkpoint with all scores in its provenance; the report beside it."""
+        trained = [i for i, s in enumerate(self.recipe.stages) if not isinstance(s, EvalStage)]
+        final = self.dir.final
+        if not is_complete(final):
+            source = (self.dir.stage(trained[-1], self.recipe.stage_name(trained[-1])) if trained
+                      else Path(self.recipe.model.from_dir))
+            loaded = load_checkpoint(source)
+            scores = [json.loads(line) for line in self.dir.metrics.read_text(encoding="utf-8").splitlines()]
+            provenance = read_provenance(source) if trained else {"recipe": self.recipe.name, "taught": self.taught()}
+            save_checkpoint(final, loaded.model, loaded.tokenizer,
+                            provenance | {"scores": [s for s in scores if s["kind"] == "eval"]})
+        seconds = self._total_seconds()
+        self._log_once({"kind": "done", "time.seconds": seconds,
+                        "time.dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)})
+        write_report(self.dir.metrics, self.dir.report)
+        return final
+
+    def _total_seconds(self) -> float:
+        """Seconds of all stages: the last step's clock of each, and every evaluation's."""
+        last: dict[str, float] = {}
+        for line in self.dir.metrics.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["kind"] == "step":
+                last[record["stage"]] = record["time.seconds"]
+            elif record["kind"] == "eval":
+                last[record["stage"]] = last.get(record["stage"], 0.0) + record["time.seconds"]
+        return sum(last.values())

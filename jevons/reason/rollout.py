@@ -1,0 +1,112 @@
+"""Rollouts: problems, groups of answers from the in-process engine on the live weights, rewards, advantages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jevons.chat import END_THINK, split_thought
+from jevons.data.tokenizer import Tokenizer
+from jevons.engine.engine import Engine
+from jevons.engine.types import Completion, Request, SamplingParams
+from jevons.recipe import GRPOStage
+from jevons.tasks.base import Problem, Reward, Task
+
+
+@dataclass
+class Episode:
+    """One answer to one problem."""
+
+    problem: Problem
+    completion: Completion
+    text: str  # thought and answer, without the eos
+    reward: Reward
+    value: float  # what the advantage is taken of: the weighted sum of the reward's parts
+    advantage: float = 0.0
+    group: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.completion.finish_reason == "length"
+
+    @property
+    def tokens(self) -> int:
+        return len(self.completion.token_ids)
+
+    def shown(self) -> dict[str, Any]:
+        thought, answer = split_thought(self.text)
+        return {"prompt": self.problem.prompt, "thought": thought, "answer": answer, "correct": int(self.reward.correct == 1.0)}
+
+
+def completion_text(completion: Completion, tokenizer: Tokenizer) -> str:
+    """Decoded completion without its eos; special tokens as their text."""
+    ids = completion.token_ids
+    if ids and ids[-1] == tokenizer.eos_id:
+        ids = ids[:-1]
+    return tokenizer.decode(ids)
+
+
+def advantages(values: Sequence[float], std_normalise: bool) -> list[float]:
+    """Group-relative advantages r - mean, divided by the standard deviation only in the published recipe."""
+    mean = sum(values) / len(values)
+    centred = [v - mean for v in values]
+    if std_normalise:
+        std = (sum(c * c for c in centred) / len(values)) ** 0.5
+        centred = [c / (std + 1e-6) for c in centred]
+    return centred
+
+
+@dataclass
+class Rollouts:
+    """A step's groups: `groups` have spread and are trained on; `all` is every episode, for the log."""
+
+    groups: list[list[Episode]]
+    all: list[Episode]
+    zero_spread: float  # share of groups whose rewards are all equal
+
+
+class Roller:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, task: Task, stage: GRPOStage, seed: int):
+        self.engine, self.tokenizer, self.task, self.stage, self.seed = engine, tokenizer, task, stage, seed
+        self._render = tokenizer.renderer()
+        self.end_think_id = tokenizer.special[END_THINK]
+
+    def roll(self, step: int) -> Rollouts:
+        """Groups for one step, a function of (weights, seed, step). Groups without spread are replaced by new problems,
+        `resample_rounds` times; what still has none carries no gradient and is left out."""
+        kept: list[list[Episode]] = []
+        everything: list[list[Episode]] = []
+        for round_index in range(self.stage.resample_rounds + 1):
+            missing = self.stage.problems - len(kept)
+            if missing == 0:
+                break
+            groups = self._round(step, round_index, missing)
+            everything += groups
+            kept += [g for g in groups if len({e.value for e in g}) > 1]
+        for index, group in enumerate(everything):
+            for episode, advantage in zip(group, advantages([e.value for e in group], self.stage.std_normalise), strict=True):
+                episode.advantage, episode.group = advantage, index
+        return Rollouts(kept, [e for g in everything for e in g], 1 - len(kept) / len(everything))
+
+    def _round(self, step: int, round_index: int, count: int) -> list[list[Episode]]:
+        stage = self.stage
+        rng = random.Random(f"rollout {self.seed + stage.first_seed} {step} {round_index}")
+        problems = [self.task.sample(rng) for _ in range(count)]
+        requests = []
+        for problem in problems:
+            prompt = self._render.question(problem.prompt)
+            requests += [Request(prompt, SamplingParams(stage.max_tokens, stage.temperature, seed=rng.getrandbits(63)))
+                         for _ in range(stage.group_size)]
+        completions = self.engine.generate(requests)
+        episodes = []
+        for index, completion in enumerate(completions):
+            problem = problems[index // stage.group_size]
+            text = completion_text(completion, self.tokenizer)
+            reward = self.task.score(problem, text)
+            value = reward.correct + stage.format_weight * reward.parts.get("format", 0.0)
+            if stage.random_reward:
+                value = float(rng.random() < 0.5)
+            episodes.append(Episode(problem, completion, text, reward, value))
+        return [episodes[i : i + stage.group_size] for i in range(0, len(episodes), stage.group_size)]
