@@ -67,7 +67,10 @@ class BatchMeta:
 
 def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int] | torch.Tensor, query_lens: Sequence[int] | None,
                page_size: int, first_page: int | None = None) -> BatchMeta:
-    """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones (None: one each)."""
+    """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones (None: one each).
+    Raises ValueError where one brings none."""
+    if query_lens is not None and min(query_lens) < 1:
+        raise ValueError(f"query_lens {list(query_lens)}: every sequence of a call brings at least one token")
     device = page_table_SP.device
     ctx = torch.as_tensor(contexts, dtype=torch.long)
     sequences = len(ctx)

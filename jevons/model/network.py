@@ -82,8 +82,9 @@ class CausalLM(nn.Module):
         """Matrices and embeddings normal with std `initializer_range`, norms 1, biases 0 (report section 4.2)."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() >= 2:
-                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                if parameter.dim() >= 2:  # drawn on the generator's device: the same numbers on every other
+                    drawn = torch.empty(parameter.shape, device=generator.device)
+                    parameter.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator))
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             for gate in self.routers():
@@ -165,23 +166,24 @@ class CausalLM(nn.Module):
         return {name: view.detach() for name, view in self._hf_views()}
 
     def load_hf_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy published tensors in. Strict: raises KeyError for missing or surplus names, ValueError for a wrong shape."""
+        """Copy published tensors in. Strict: raises KeyError for missing or surplus names, ValueError for a wrong shape or
+        a copy that differs from what it copies; nothing is copied then."""
         views = self.hf_state_dict()
-        copies = {name for name in views if name.endswith((".shared_head.head.weight", "embed_tokens.weight"))
-                  and name != "model.embed_tokens.weight"}
-        missing = sorted(set(views) - copies - set(tensors))
-        surplus = sorted(set(tensors) - set(views) - ({"lm_head.weight"} if self.config.tie_word_embeddings else set()))
+        copies = {name: "lm_head.weight" if "shared_head" in name else "model.embed_tokens.weight" for name in views
+                  if name.endswith((".shared_head.head.weight", "embed_tokens.weight")) and name != "model.embed_tokens.weight"}
+        if self.config.tie_word_embeddings:
+            copies = dict.fromkeys([*copies, "lm_head.weight"], "model.embed_tokens.weight")
+        missing = sorted(set(views) - set(copies) - set(tensors))
+        surplus = sorted(set(tensors) - set(views) - set(copies))
         if missing or surplus:
-            raise KeyError(f"checkpoint lacks {missing[:5] or 'nothing'}" f" and has unknown {surplus[:5] or 'nothing'}")
-        for name, view in views.items():
-            if name in copies:
-                main = "lm_head.weight" if "shared_head" in name else "model.embed_tokens.weight"
-                if name in tensors and not torch.equal(tensors[name], tensors.get(main, tensors["model.embed_tokens.weight"])):
-                    raise ValueError(f"{name} differs from {main}; the MTP module shares it")
-                continue
-            if view.shape != tensors[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; {tuple(view.shape)} would be right")
-            view.copy_(tensors[name])
+            raise KeyError(f"checkpoint lacks {missing[:5] or 'nothing'} and has unknown {surplus[:5] or 'nothing'}")
+        for name, tensor in tensors.items():
+            if name in copies and not torch.equal(tensor, tensors[copies[name]]):
+                raise ValueError(f"{name} differs from {copies[name]}, which it is a copy of")
+            if name not in copies and views[name].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(views[name].shape)} would be right")
+        for name in set(views) - set(copies):
+            views[name].copy_(tensors[name])
 
     def matrix_parts(self) -> dict[str, list[int]]:
         """Rows of each published matrix within every matrix parameter (fused ones hold several), for Muon.
