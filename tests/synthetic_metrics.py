@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def _clock(step: int, step_seconds: float, tokens_per_second: float, rate: float
         "time.step_seconds": step_seconds,
         "time.tokens_per_second": tokens_per_second,
         "time.dollars": seconds * rate / 3600,
-        "time.unix": 1_790_000_000 + seconds,
+        "time.unix": time.time() + seconds - 3600,
     }
 
 
@@ -122,7 +123,7 @@ def make_lines(
         "stages": [
             {"name": "pretrain", "kind": "pretrain", "budget": pretrain, "unit": "steps"},
             {"name": "grpo", "kind": "grpo", "budget": grpo, "unit": "steps"},
-            {"name": "eval", "kind": "eval", "budget": 2, "unit": "checkpoints"},
+            {"name": "eval", "kind": "eval", "budget": 1000, "unit": "problems"},
         ],
         "parameters": 2_410_000,
         "active_parameters": 910_000,
@@ -153,6 +154,8 @@ def make_lines(
                 "high": accuracy + half,
                 "thinking_length": rng.uniform(90, 140),
                 "mtp_acceptance": rng.uniform(0.6, 0.8),
+                "time.seconds": 15.5,
+                "time.dollars": 15.5 * rate / 3600,
             }
         )
     lines.append({"kind": "stage", "stage": "eval", "event": "end"})

@@ -134,7 +134,7 @@ def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]
         if part:
             path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in part)
             parts.append(f'<polyline points="{path}" style="stroke:var(--{color})"/>')
-            last = f"{part[-1][1]:,.4g}{' %' if unit == '%' else ''}"
+            last = f"{part[-1][1]:,.1f} %" if unit == "%" else f"{part[-1][1]:,.4g}"
             legend.append(f'<span class="key"><i style="background:var(--{color})"></i>{escape(label)} <b>{last}</b></span>')
     return (f'<figure><h3>{escape(title)}</h3><div>{"".join(legend)}</div><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
             f'aria-label="{escape(title)} by step">{"".join(parts)}</svg></figure>')
@@ -162,12 +162,17 @@ def _evals(evals: list[Line]) -> str:
     return table if evals else '<p class="soft">No evaluation was logged.</p>'
 
 
-def _cost(stages: list[tuple[str, list[Line]]], run: Line, done: Line) -> str:
+def _cost(stages: list[tuple[str, list[Line]]], evals: list[Line], run: Line, done: Line) -> str:
+    """Steps count from their stage's beginning, so that the last one holds its total; every evaluation has its own."""
     rows = []
     for name, steps in stages:
         last = steps[-1]
         rows.append(f'<tr><th>{escape(name)}</th><td>{_show(last.get("step"))}</td><td>{_show(last.get("tokens"))}</td>'
                     f'<td>{_duration(last.get("time.seconds"))}</td><td>{_dollars(last.get("time.dollars"))}</td></tr>')
+    for line in evals:
+        name = f'{line.get("stage", "eval")}: {line.get("name") or line.get("checkpoint")}'
+        rows.append(f'<tr><th>{escape(name)}</th><td></td><td></td><td>{_duration(line.get("time.seconds"))}</td>'
+                    f'<td>{_dollars(line.get("time.dollars"))}</td></tr>')
     if done:
         rows.append(f'<tr><th>whole run</th><td></td><td></td><td>{_duration(done.get("time.seconds"))}</td>'
                     f'<td>{_dollars(done.get("time.dollars"))}</td></tr>')
@@ -205,11 +210,13 @@ def write_report(metrics_path: Path, out: Path) -> None:
     for name, steps in stages:
         charts = "".join(_curve(*spec, steps) for spec in _CURVES.get(kinds.get(name, name), _CURVES["pretrain"]))
         curves += f'<h2>{escape(name)}</h2><div class="grid">{charts}</div>' if charts else ""
+    notes = "".join(f'<p class="soft">{escape(str(line.get("stage", "")))}: {escape(str(line.get("text", "")))}</p>'
+                    for line in lines if line.get("kind") == "note")
     size = f'{_show(run.get("parameters"))} parameters, {_show(run.get("active_parameters"))} active per token.'
     title = escape(_headline(run, evals, done))
     body = (f'<h1>{title}</h1><p class="soft">{escape(str(run.get("description", "")))} {size}</p>'
-            f'<p class="soft">Taught: {escape(str(run.get("taught", "")))}</p><h2>Before and after</h2>{_evals(evals)}'
-            f'{curves}<h2>Cost</h2>{_cost(stages, run, done)}<h2>Sample thoughts</h2>{_samples(lines)}'
+            f'<p class="soft">Taught: {escape(str(run.get("taught", "")))}</p>{notes}<h2>Before and after</h2>{_evals(evals)}'
+            f'{curves}<h2>Cost</h2>{_cost(stages, evals, run, done)}<h2>Sample thoughts</h2>{_samples(lines)}'
             f'<h2>Recipe</h2><pre>{escape(recipe.read_text(encoding="utf-8") if recipe.is_file() else "(no recipe.toml)")}</pre>'
             f'<p class="soft"><small>Made from the {len(lines)} lines of metrics.jsonl.</small></p>')
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

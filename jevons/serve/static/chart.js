@@ -45,7 +45,7 @@ function nearest(points, x) {
 }
 
 export class LineChart {
-  /** `lines`: [{key, label, color}], `format(value)`, optional `low` and `high` of the value axis, `onHover(step|null)`. */
+  /** `lines`: [{key, label, color}], `format(value)`, optional `low` and `high` that the value axis at least has, `onHover(step|null)`. */
   constructor({ title, note = "", lines, format, low, high, onHover = () => {} }) {
     Object.assign(this, { title, lines, format, low, high, data: {}, smoothing: 0, at: null });
     this.values = lines.map(({ label, color }) => {
@@ -107,7 +107,7 @@ export class LineChart {
     }
     const room = (y1 - y0 || Math.abs(y1) || 1) * 0.06;
     const bottom = y0 >= 0 && y0 < 0.45 * y1 ? 0 : y0 - room;
-    return { x0, x1: x1 > x0 ? x1 : x0 + 1, y0: this.low ?? bottom, y1: this.high ?? y1 + room };
+    return { x0, x1: x1 > x0 ? x1 : x0 + 1, y0: Math.min(this.low ?? bottom, bottom), y1: this.high >= y1 ? this.high : y1 + room };
   }
 
   drawValues() {

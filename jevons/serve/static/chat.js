@@ -77,10 +77,10 @@ function drawState() {
   const { info } = page, state = byId("state"), banner = byId("banner");
   banner.hidden = Boolean(info?.model);
   banner.classList.toggle("down", !info);
-  banner.textContent = info ? "No model answers yet. Training has just begun; this page notices when there is one." : "The server does not answer. Looking for it again…";
+  banner.textContent = info ? `No model answers yet${info.training ? `; training is at ${info.training}` : ""}. This page notices when there is one.` : "The server does not answer. Looking for it again…";
   state.hidden = !info;
   state.classList.toggle("busy", Boolean(info?.training));
-  state.replaceChildren(h("i", { "aria-hidden": "true" }), info?.training ? `Training: ${info.training}` : info?.model ?? "no model");
+  state.replaceChildren(h("i", { "aria-hidden": "true" }), h("span", {}, info?.training ? `Training: ${info.training}` : info?.model ?? "no model"));
   drawSend();
   if (!talk.path(page.current).length) drawThread();
 }

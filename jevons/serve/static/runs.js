@@ -67,9 +67,10 @@ function forget() {
 function drawState(up) {
   const { state } = page, pill = byId("state"), current = state.current;
   const old = state.lastUnix ? Date.now() / 1000 - state.lastUnix : 0;
+  const quiet = old > (current?.kind === "eval" ? 1200 : 120); // an evaluation writes its lines at its end
   const words = !up ? "the server does not answer" : !state.lines ? "no run" : state.done ? "finished"
-    : old > 120 ? `no news for ${duration(old)}` : current ? `running ${current.name}` : "running";
-  pill.className = `pill ${up && !state.done && state.lines && old <= 120 ? "busy" : state.done && up ? "" : "off"}`;
+    : quiet ? `no news for ${duration(old)}` : current ? `running ${current.name}` : "running";
+  pill.className = `pill ${up && !state.done && state.lines && !quiet ? "busy" : state.done && up ? "" : "off"}`;
   pill.lastElementChild.textContent = words;
 }
 
@@ -82,6 +83,7 @@ function draw() {
   byId("title").textContent = run?.recipe ?? "Run";
   byId("subtitle").textContent = [run?.description, run?.parameters && `${compact(run.parameters)} parameters, ${compact(run.active_parameters)} active per token.`].filter(Boolean).join(" ");
   drawStages();
+  drawNotes();
   drawTiles();
   drawEvals();
   drawCharts();
@@ -94,13 +96,22 @@ function drawStages() {
   byId("stages").replaceChildren(...[...state.stages.values()].map((stage) => {
     const { at, share: done, left } = state.progress(stage);
     const unit = stage.unit === "tokens" ? compact : number;
-    const amount = stage.budget ? `${unit(Math.min(at || (done === 1 ? stage.budget : 0), stage.budget))} / ${unit(stage.budget)} ${stage.unit}` : "";
+    const whole = stage.kind === "eval" || (!at && done === 1); // its lines come at its end
+    const amount = !stage.budget ? "" : whole ? `${unit(stage.budget)} ${stage.unit}` : `${unit(Math.min(at, stage.budget))} / ${unit(stage.budget)} ${stage.unit}`;
     const status = { done: "done", waiting: "waiting", running: Number.isFinite(left) ? `${duration(Math.max(0, left))} left` : "running" }[stage.status];
-    return h("div", { class: `stage ${stage.status}` },
+    return h("div", { class: `stage ${stage.status}${stage.kind === "eval" ? " unknown" : ""}` },
       h("div", { class: "stage-name" }, stage.status === "done" ? icon("check") : h("i", {}), stage.name, h("span", { class: "soft" }, status)),
       h("div", { class: "bar", role: "progressbar", "aria-label": stage.name, "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.round(100 * done) }, h("i", { style: `width:${(100 * done).toFixed(2)}%` })),
-      h("div", { class: "stage-amount" }, h("span", {}, amount), h("span", {}, stage.last ? duration(stage.last["time.seconds"]) : "")));
+      h("div", { class: "stage-amount" }, h("span", {}, amount), h("span", {}, stage.seconds ? duration(stage.seconds) : "")));
   }));
+}
+
+function drawNotes() {
+  const { state } = page;
+  const skipped = [...state.stages.values()].filter((stage) => stage.last?.skipped > 0).map((stage) => `${stage.name}: ${stage.last.skipped} of its updates skipped, because they were not finite`);
+  const notes = [...state.notes, ...skipped];
+  byId("notes").hidden = !notes.length;
+  byId("notes").replaceChildren(...notes.slice(-5).map((text) => h("p", {}, text)));
 }
 
 function drawTiles() {
@@ -108,7 +119,7 @@ function drawTiles() {
   const tile = (label, text, small) => h("div", { class: "tile" }, h("span", {}, label), h("strong", {}, text), h("small", {}, small));
   byId("tiles").replaceChildren(
     tile("Accuracy", percent(value), note),
-    tile("Tokens", compact(state.total("tokens")), "read and written"),
+    tile("Tokens", compact(state.tokens), "read and written"),
     tile("Speed", compact(last?.["time.tokens_per_second"] ?? NaN), `tokens a second${state.newest ? `, ${state.newest.name}` : ""}`),
     tile("Time", duration(state.seconds), state.done ? "in all" : "so far"),
     tile("Cost", dollars(state.dollars), `at ${dollars(run?.dollars_per_hour)} an hour`));
@@ -159,7 +170,7 @@ function drawExperts() {
   if (!stage) return;
   const rows = stage.last.expert_load;
   const cells = rows.map((row, layer) => {
-    const name = layer === rows.length - 1 ? "MTP" : `layer ${layer + 1}`;
+    const name = layer === rows.length - 1 && Number.isFinite(stage.last.mtp_loss) ? "MTP" : `MoE ${layer + 1}`;
     return [h("span", { class: "layer" }, name), h("div", { class: "cells" }, row.map((part, expert) => {
       const times = part * row.length, strength = Math.min(1, Math.abs(Math.log2(Math.max(times, 1e-3))) / 2);
       return h("i", { style: `background:color-mix(in oklab, var(--${times > 1 ? "hot" : "cold"}) ${Math.round(100 * strength)}%, var(--sunken))`, title: `${name}, expert ${expert}: ${percent(part)}, ${times.toFixed(2)} x the even share` });

@@ -7,12 +7,13 @@ export class RunState {
     this.evals = new Map(); // checkpoint -> line
     this.samples = null;
     this.done = null;
+    this.notes = []; // of the run: what a person should know
     this.lines = 0;
     this.lastUnix = null;
   }
 
   stage(name) {
-    if (!this.stages.has(name)) this.stages.set(name, { name, kind: name, budget: null, unit: "steps", status: "waiting", steps: [], last: null });
+    if (!this.stages.has(name)) this.stages.set(name, { name, kind: name, budget: null, unit: "steps", status: "waiting", steps: [], last: null, evaluated: 0, seconds: 0, dollars: 0 });
     return this.stages.get(name);
   }
 
@@ -28,11 +29,18 @@ export class RunState {
     if (!named) return;
     if (line.kind === "stage") named.status = line.event === "end" ? "done" : "running";
     else if (named.status === "waiting") named.status = "running";
+    if (line.kind === "note") this.notes.push(`${line.stage}: ${line.text}`);
     if (line.kind === "step") {
       named.steps.push(line);
       named.last = line;
+      named.seconds = line["time.seconds"] ?? named.seconds; // counted from the stage's beginning
+      named.dollars = line["time.dollars"] ?? named.dollars;
     }
-    if (line.kind === "eval") named.evaluated = (named.evaluated ?? 0) + 1;
+    if (line.kind === "eval") { // each has its own
+      named.evaluated += 1;
+      named.seconds += line["time.seconds"] ?? 0;
+      named.dollars += line["time.dollars"] ?? 0;
+    }
   }
 
   addRun(line) {
@@ -49,33 +57,26 @@ export class RunState {
     return [...this.stages.values()].filter((stage) => stage.last).pop() ?? null;
   }
 
-  /** Tokens and seconds are counted per stage; their sum over stages. */
-  total(key) {
-    return [...this.stages.values()].reduce((sum, stage) => sum + (stage.last?.[key] ?? 0), 0);
+  sum(value) {
+    return [...this.stages.values()].reduce((sum, stage) => sum + (value(stage) || 0), 0);
   }
 
-  /** Dollars as logged: a value below the one before it begins a new count (a new stage). */
+  get tokens() {
+    return this.sum((stage) => stage.last?.tokens);
+  }
+
+  /** Dollars as logged, all stages together. */
   get dollars() {
-    if (Number.isFinite(this.done?.["time.dollars"])) return this.done["time.dollars"];
-    let before = 0, last = 0;
-    for (const stage of this.stages.values()) {
-      for (const step of stage.steps) {
-        const value = step["time.dollars"];
-        if (!Number.isFinite(value)) continue;
-        if (value < last) before += last;
-        last = value;
-      }
-    }
-    return before + last;
+    return this.done?.["time.dollars"] ?? this.sum((stage) => stage.dollars);
   }
 
   get seconds() {
-    return this.done?.["time.seconds"] ?? this.total("time.seconds");
+    return this.done?.["time.seconds"] ?? this.sum((stage) => stage.seconds);
   }
 
   /** {share done, seconds left} of a stage; the pace is that of its last 20 steps. */
   progress(stage) {
-    const at = stage.unit === "tokens" ? stage.last?.tokens ?? 0 : stage.last?.step ?? stage.evaluated ?? 0;
+    const at = (stage.unit === "tokens" ? stage.last?.tokens : stage.last?.step) ?? 0;
     const share = stage.status === "done" ? 1 : stage.budget ? Math.min(1, at / stage.budget) : 0;
     const { steps } = stage, a = steps[Math.max(0, steps.length - 20)], b = stage.last;
     let left = NaN;

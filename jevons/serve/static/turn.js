@@ -17,7 +17,7 @@ export function userTurn(node, place, on) {
     h("div", { class: "actions" }, branches(place, on.show), copyButton("Copy the question", () => node.content), iconButton("edit", "Edit and ask again", edit)),
   );
   const edit = () => {
-    const area = h("textarea", { "aria-label": "Edit your question", rows: Math.min(8, node.content.split("\n").length + 1) });
+    const area = h("textarea", { "aria-label": "Edit your question", rows: Math.min(8, node.content.split("\n").length) });
     area.value = node.content;
     const send = () => area.value.trim() && on.edit(area.value.trim());
     area.addEventListener("keydown", (event) => {
@@ -130,14 +130,14 @@ export class AnswerTurn {
     const parts = usageParts(node).map(([text, title]) => h("span", { title }, text));
     this.foot.replaceChildren(
       h("div", { class: "actions" }, branches(this.place, this.on.show), node.content && copyButton("Copy the answer", () => node.content),
-        iconButton("retry", "Ask again", this.on.again)),
+        node.status !== "error" && iconButton("retry", "Ask again", this.on.again)), // an error has its own button
       h("div", { class: "usage" }, parts));
   }
 
   drawNotice() {
-    const { node } = this, { status, error, retryAfter, finish } = node.meta.error ? { status: "error", ...node.meta } : { status: node.status, ...node.meta };
+    const { node } = this, { error, retryAfter, finish } = node.meta;
     let text = "", kind = "note";
-    if (status === "error") [text, kind] = [error, "error"];
+    if (node.status === "error") [text, kind] = [error, "error"];
     else if (node.status === "stopped") text = "You stopped this answer.";
     else if (finish === "length") text = node.content ? "The answer reached the token limit." : "The thought reached the token limit before an answer. A higher limit in the settings may help.";
     else if (finish === "insufficient_system_resource") text = "The server ran short of resources and ended this answer.";
