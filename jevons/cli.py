@@ -108,7 +108,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:  # every error class of bad input derives from one of these
-        typer.echo(f"error: {error}", err=True)
+        own_words = isinstance(error, OSError) and error.filename is None and error.strerror  # ours need no "[Errno 98]"
+        typer.echo(f"error: {own_words or error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

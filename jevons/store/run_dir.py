@@ -18,7 +18,7 @@ from typing import Any
 from jevons.store.files import StoreError, write_text
 
 
-class RunDirError(RuntimeError):
+class RunDirError(ValueError):
     """A run directory that cannot be used; the message says why and what to do."""
 
 

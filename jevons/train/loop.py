@@ -24,7 +24,7 @@ from jevons.train.optim import build_optimizers, load_optimizer_tensors, lr_fact
 MAX_BAD_STEPS = 10  # consecutive updates without a finite gradient before the run stops
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(ValueError):
     """Too many updates in a row had no finite loss or gradient."""
 
 
