@@ -4,7 +4,10 @@ import os
 import random
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("jevons", deadline=None)  # shared, noisy machines: no test is timed
+settings.load_profile("jevons")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -32,7 +32,7 @@ def draw(author, numbers, rng):
 def check_line(match, target):
     """One line of search against its own meaning: needs that work, results that are or are not among them."""
     last, needs = int(match[2]), [int(n) for n in match[3].split(",")]
-    ways = [abs(target - last), target + last, target * last]
+    ways = [abs(target - last), target + last]
     ways += [target // last] if target % last == 0 else []
     ways += [last // target] if last % target == 0 else []
     ways = list(dict.fromkeys(ways))
@@ -83,13 +83,27 @@ def test_what_is_taken_leaves_the_other_numbers_on_the_table():
             assert rest == sorted(problem.data["numbers"]) and table.split(",")[0] == right, text
 
 
-def test_the_planner_solves_every_reachable_problem_of_three_numbers():
+def needs_a_last_division(numbers, target):
+    """Whether no way of whole steps reaches the target but one that divides the others' result by the third at the end."""
+    for i, last in enumerate(numbers):
+        a, b = (n for j, n in enumerate(numbers) if j != i)
+        made = {a + b, abs(a - b), a * b, *({max(a, b) // min(a, b)} if max(a, b) % min(a, b) == 0 else ())}
+        ways = {target - last, last - target, target + last, Fraction(target, last), Fraction(last, target)}
+        if made & ways:
+            return False
+    return True
+
+
+def test_the_planner_solves_every_problem_of_three_numbers_but_those_that_need_a_last_division():
     rng = random.Random()
     task = Countdown(authors={"planner": 1.0})
     everything = list(combinations_with_replacement(range(1, 31), 3))
     for numbers in [*rng.sample(everything, 150), (1, 1, 1), (1, 2, 3), (30, 30, 30)]:
         for target in task.targets(numbers):
             text = traces.write_trace(rng.sample(numbers, 3), target, rng, task.authors)
+            if needs_a_last_division(numbers, target):
+                assert "\nguess " in text, (numbers, target, text)
+                continue
             assert f"={target}\n</think>" in text and "\nso " in text, (numbers, target, text)
 
 
@@ -100,7 +114,7 @@ def test_authors_differ_in_how_often_they_are_right():
         task = Countdown(authors={author: 1.0})
         problems = [task.sample(rng) for _ in range(400)]
         rate[author] = sum(task.score(p, task.trace(p, rng)).correct for p in problems) / 400
-    assert rate["planner"] == 1.0
+    assert 0.92 < rate["planner"] < 1.0
     assert 0.5 < rate["hasty"] < 0.85
     assert 0.12 < rate["wanderer"] < 0.45
 
