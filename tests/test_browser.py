@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,18 +136,26 @@ def chromium(tmp_path_factory):
         browser.close()
 
 
-@pytest.fixture
-def site(chromium, tmp_path):
-    """open(path, **context) -> page, with the app, the metrics file, what the console said and what was asked elsewhere."""
-    metrics = tmp_path / "metrics.jsonl"
-    app = fake_app(metrics, delay=0.005)
+@contextmanager
+def serving(app):
+    """The app on a free port, in a thread; gives its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.02)
-    base = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def site(chromium, tmp_path):
+    """open(path, **context) -> page, with the app, the metrics file, what the console said and what was asked elsewhere."""
+    metrics = tmp_path / "metrics.jsonl"
+    app = fake_app(metrics, delay=0.005)
     contexts, said, foreign, renders = [], [], [], []
+    base = ""
 
     def note(request):
         if not request.url.startswith((base, "data:")):
@@ -164,11 +173,20 @@ def site(chromium, tmp_path):
         page.goto(base + path)
         return page
 
-    yield SimpleNamespace(open=open_page, app=app, metrics=metrics, said=said, foreign=foreign, renders=renders)
-    for context in contexts:
-        context.close()
-    server.should_exit = True
-    thread.join(10)
+    with serving(app) as base:
+        yield SimpleNamespace(open=open_page, app=app, metrics=metrics, said=said, foreign=foreign, renders=renders)
+        for context in contexts:
+            context.close()
+
+
+@pytest.fixture(scope="module")
+def module_page(chromium):
+    """A page whose modules can be imported and asked directly."""
+    with serving(fake_app(None)) as base:
+        page = chromium.new_page()
+        page.goto(base)
+        yield page
+        page.close()
 
 
 def ask(page, text):
@@ -217,6 +235,30 @@ def test_markdown_streams_block_by_block(site):
     assert not any("The answer" in text for text in site.renders[first + 1 :]), "a finished block is not sent again"
     assert "broken" not in page.title()
     assert (site.said, site.foreign) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "finished"),
+    [
+        ("one\n\ntwo", "one\n\n"),
+        ("one\ntwo", ""),
+        ("one\n\n", ""),
+        ("- a\n\n- b", ""),
+        ("- a\n\n  more", ""),
+        ("1. a\n\n2. b\n\nafter", "1. a\n\n2. b\n\n"),
+        ("```\n\ncode\n\nmore", ""),
+        ("```\n\ncode\n```\n\nmore", "```\n\ncode\n```\n\n"),
+        ("~~~\n```\n\ncode", ""),
+        ("````\n```\n\ncode\n````\n\nx", "````\n```\n\ncode\n````\n\n"),
+        ("$$\n\na\n$$\n\nb", "$$\n\na\n$$\n\n"),
+        ("$$\n\na", ""),
+        ("\\[\n\na", ""),
+        ("\\[\n\na\n\\]\n\nb", "\\[\n\na\n\\]\n\n"),
+    ],
+)
+def test_where_the_unfinished_block_begins(module_page, text, finished):
+    cut = module_page.evaluate("async text => (await import('/static/markdown.js')).lastBlock(text, 0)", text)
+    assert text[:cut] == finished
 
 
 def test_stop_again_edit_and_branches(site):

@@ -96,15 +96,22 @@ def _duration(value: Any) -> str:
         f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min")
 
 
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
+def _ticks(low: float, high: float, count: int = 4, least: float = 0.0) -> list[float]:
     span = (high - low) or 1.0
     power = 10 ** math.floor(math.log10(span / count))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= 0.8 * span / count)
+    step = max(least, next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= 0.8 * span / count))
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def _thin(points: list[tuple[float, float]], most: int = 1500) -> list[tuple[float, float]]:
+    """At most about `most` points: means of neighbours, so that every line still counts."""
+    width = -(-len(points) // most)
+    parts = [points[i: i + width] for i in range(0, len(points), width or 1)]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+
+
 def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]) -> str:
-    """One chart as a figure with an SVG in it, or nothing where no step has any of the keys. Every step is a point."""
+    """One chart as a figure with an SVG in it, or nothing where no step has any of the keys."""
     scale = 100 if unit == "%" else 1
     data = []
     for key, label in keys:
@@ -127,12 +134,12 @@ def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]
         y = at(x0, tick)[1]
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}{" %" if unit == "%" else ""}</text>')
-    for tick in _ticks(x0, x1, 5):
+    for tick in _ticks(x0, x1, 5, least=1):
         parts.append(f'<text x="{at(tick, y0)[0]:.1f}" y="{_HEIGHT - 4}" text-anchor="middle">{tick:,.6g}</text>')
     for (label, part), color in zip(data, ("c1", "c2", "c3"), strict=False):
         color = "wrong" if label == "wrong" else color
         if part:
-            path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in part)
+            path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thin(part))
             parts.append(f'<polyline points="{path}" style="stroke:var(--{color})"/>')
             last = f"{part[-1][1]:,.1f} %" if unit == "%" else f"{part[-1][1]:,.4g}"
             legend.append(f'<span class="key"><i style="background:var(--{color})"></i>{escape(label)} <b>{last}</b></span>')

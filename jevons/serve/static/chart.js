@@ -4,10 +4,10 @@ import { h, s } from "./dom.js";
 
 const HEIGHT = 190, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 24;
 
-/** Round ticks inside [low, high], about `count` of them. */
-export function ticks(low, high, count) {
+/** Round ticks inside [low, high], about `count` of them, at least `least` apart. */
+export function ticks(low, high, count, least = 0) {
   const span = high - low || 1, rough = span / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 2.5, 5, 10].find((m) => m * power >= 0.8 * rough) ?? 10), found = [];
+  const step = Math.max(least, power * ([1, 2, 2.5, 5, 10].find((m) => m * power >= 0.8 * rough) ?? 10)), found = [];
   for (let at = Math.ceil(low / step - 1e-9) * step; at <= high + step * 1e-9; at += step) found.push(Math.abs(at) < step * 1e-9 ? 0 : at);
   return found;
 }
@@ -89,7 +89,7 @@ export class LineChart {
     const path = (points) => `M${thin(points, width).map(([x, y]) => `${scale.x(x).toFixed(1)},${scale.y(y).toFixed(1)}`).join("L")}`;
     const parts = ticks(scale.y0, scale.y1, 4).map((y) => s("g", { class: "tick" }, s("line", { x1: LEFT, x2: LEFT + width, y1: scale.y(y), y2: scale.y(y) }),
       s("text", { x: LEFT - 8, y: scale.y(y) + 4, "text-anchor": "end" }, this.format(y))));
-    parts.push(...ticks(scale.x0, scale.x1, Math.max(2, Math.floor(width / 62))).map((x) => s("text", { class: "step", x: scale.x(x), y: HEIGHT - 6, "text-anchor": "middle" }, x.toLocaleString("en"))));
+    parts.push(...ticks(scale.x0, scale.x1, Math.max(2, Math.floor(width / 62)), 1).map((x) => s("text", { class: "step", x: scale.x(x), y: HEIGHT - 6, "text-anchor": "middle" }, x.toLocaleString("en"))));
     this.lines.forEach(({ color }, i) => {
       if (this.smoothing && shown[i].length > 1) parts.push(s("path", { class: "raw", d: path(shown[i]), stroke: color }));
       if (shown[i].length > 1) parts.push(s("path", { class: "curve", d: path(this.curves[i]), stroke: color }));
@@ -105,7 +105,8 @@ export class LineChart {
     for (const [x, y] of all) {
       x0 = Math.min(x0, x), x1 = Math.max(x1, x), y0 = Math.min(y0, y), y1 = Math.max(y1, y);
     }
-    const room = (y1 - y0 || Math.abs(y1) || 1) * 0.06;
+    if (y0 === y1) [y0, y1] = y0 < 0 ? [2 * y0, 0] : [0, 2 * y1 || 1];
+    const room = (y1 - y0) * 0.06;
     const bottom = y0 >= 0 && y0 < 0.45 * y1 ? 0 : y0 - room;
     return { x0, x1: x1 > x0 ? x1 : x0 + 1, y0: Math.min(this.low ?? bottom, bottom), y1: this.high >= y1 ? this.high : y1 + room };
   }
