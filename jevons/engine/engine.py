@@ -9,6 +9,7 @@ at eos, a stop string, its limit or `cancel` it leaves, and the last running seq
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -85,13 +86,16 @@ class Engine:
             events += self._emit(list(self.scheduler.running), self._decode(running))
         return events
 
-    def generate(self, requests: Seq[Request]) -> list[Completion]:
-        """Run requests to their ends, in any number; completions come in the requests' order."""
+    def generate(self, requests: Seq[Request], on_step: Callable[[], None] | None = None) -> list[Completion]:
+        """Run requests to their ends, in any number; completions come in the requests' order. `on_step` is called before
+        every step and may raise: the engine is of no further use then."""
         done = {r.request_id: Completion(r.request_id, r.prompt_ids) for r in requests}
         pending = list(reversed(requests))
         while pending or self.has_work:
             while pending and len(self.scheduler.waiting) < self.scheduler.max_waiting:
                 self.submit(pending.pop())
+            if on_step is not None:
+                on_step()
             for event in self.step():
                 completion = done[event.request_id]
                 if event.token_id is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,25 @@ def held_out_problems(task: Task, n: int, seed: int) -> list[Problem]:
 
 def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, n: int = 1000, seed: int = 0, max_tokens: int = 256,
              samples: int = 1, temperature: float = 0.0, max_batch: int = 128, dump: Path | None = None,
+             on_step: Callable[[], None] | None = None,
              ) -> tuple[EvalResult, list[float]]:
     """The result, and per problem the share of right samples (for paired comparisons). Greedy unless told otherwise.
 
     `dump` receives one JSON line per answer, prompt and full text included, so that anybody can rescore.
+    `on_step` is called before every step of the engine; what it raises ends the evaluation. Raises PromptTooLong, and
+    ValueError for a model whose logits are not finite.
     """
     problems = held_out_problems(task, n, seed)
     render = tokenizer.renderer()
-    engine = Engine(model, tokenizer.eos_id, max_batch=max_batch, max_len=model.config.max_position_embeddings)
     prompts = [render.question(p.prompt) for p in problems]
+    room = max_tokens + max(map(len, prompts))
+    engine = Engine(model, tokenizer.eos_id, max_batch=min(max_batch, n * samples),
+                    max_len=min(room, model.config.max_position_embeddings))
     completions = engine.generate([
         Request(prompt, SamplingParams(max_tokens, temperature, seed=(seed << 32) + i * samples + k))
-        for i, prompt in enumerate(prompts) for k in range(samples)])
+        for i, prompt in enumerate(prompts) for k in range(samples)], on_step)
+    if any(c.finish_reason == "error" for c in completions):
+        raise ValueError("the model's logits are not finite; a weight is damaged")
     end = tokenizer.special[END_THINK]
     lines, scores, lengths, thinking = [], [], [], []
     for index, completion in enumerate(completions):

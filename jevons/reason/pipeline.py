@@ -38,6 +38,7 @@ from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
 from jevons.train.pretrain import Pretrain
 
+BEGIN = "begin.json"
 CONTEXT_SLACK = 128  # rollouts' room for the prompt beside max_tokens
 
 
@@ -80,9 +81,11 @@ class Run:
             with MetricsLog(self.dir.metrics) as log:
                 self.log = log
                 for index, name in enumerate(names):
-                    if self._is_done(index):
+                    if self._is_done(index):  # perhaps killed right after that
                         self._log_once({"kind": "stage", "stage": name, "event": "end"})
+                        shutil.rmtree(self.dir.stage(index, name) / "train_state", ignore_errors=True)
                     elif only_stage in (None, name):
+                        self._check_stop(name)
                         self._stage(index)
                     if name == only_stage:
                         return self.dir.stage(index, name)
@@ -94,7 +97,7 @@ class Run:
         stage, name = self.recipe.stages[index], self.recipe.stage_name(index)
         directory = self.dir.stage(index, name)
         self._load_model(index)
-        self._begin(directory, name)
+        self._begin(directory)
         self.observer.on_model(self.model, self.tokenizer, f"{self.recipe.name}-{name}")
         if isinstance(stage, EvalStage):
             self._evaluate(index, stage, directory)
@@ -103,16 +106,17 @@ class Run:
         self._log_once({"kind": "stage", "stage": name, "event": "end"})
         write_tensorboard(self.dir.metrics, self.dir.tensorboard)
 
-    def _begin(self, directory: Path, name: str) -> None:
-        """First entry: note where the log stands. Entry without a train state: go back to there."""
-        begin = directory / "begin.json"
-        if begin.exists() and not (directory / "train_state").exists():
-            self.log.truncate(json.loads(begin.read_text())["metrics_position"])
-        elif not begin.exists():
+    def _begin(self, directory: Path) -> None:
+        """On first entry, note where the log stands."""
+        if not (directory / BEGIN).exists():
             self._log_once(self._run_record())
             directory.mkdir(parents=True, exist_ok=True)
-            write_text(begin, json.dumps({"metrics_position": self.log.position()}))
-        self._log_once({"kind": "stage", "stage": name, "event": "start"})
+            write_text(directory / BEGIN, json.dumps({"metrics_position": self.log.position()}))
+
+    def _from_the_start(self, directory: Path, name: str) -> None:
+        """Drop what a try that left no state logged, and begin the stage."""
+        self.log.truncate(json.loads((directory / BEGIN).read_text())["metrics_position"])
+        self.log.append({"kind": "stage", "stage": name, "event": "start"})
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
         name = self.recipe.stage_name(index)
@@ -122,7 +126,10 @@ class Run:
             dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
             on_step=self.observer.on_step)
         loop = Loop(self.model, objective, settings, self.log)
-        self.observer.on_stage(name, loop.resume(), objective.steps)
+        done = loop.resume()
+        if done == 0:
+            self._from_the_start(directory, name)
+        self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
         save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
             "steps": progress.step, "tokens": progress.tokens, "time.seconds": progress.seconds,
@@ -140,28 +147,45 @@ class Run:
         return objective
 
     def _evaluate(self, index: int, stage: EvalStage, directory: Path) -> None:
-        """Greedy accuracy of every checkpoint so far, on the same held-out problems."""
+        """Greedy accuracy of every checkpoint so far, the recipe's own base included, on the same held-out problems."""
         name, records = self.recipe.stage_name(index), []
-        trained = [i for i in range(index) if not isinstance(self.recipe.stages[i], EvalStage)]
-        self.observer.on_stage(name, 0, len(trained))
-        for count, i in enumerate(trained or [None]):
+        self._from_the_start(directory, name)
+        sources = {"base": Path(self.recipe.model.from_dir)} if self.recipe.model.from_dir else {}
+        sources |= {self.recipe.stage_name(i): self._checkpoint(i) for i in self._trained(index)}
+        self.observer.on_stage(name, 0, len(sources))
+        for count, (which, source) in enumerate(sources.items()):
             began = time.monotonic()
-            source = self.dir.stage(i, self.recipe.stage_name(i)) if i is not None else Path(self.recipe.model.from_dir)
             model = load_checkpoint(source).model
-            result, _ = evaluate(model, self.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens)
+            result, _ = evaluate(model, self.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens,
+                                 on_step=lambda: self._check_stop(name))
             seconds = time.monotonic() - began
-            records.append({"kind": "eval", "stage": name, "name": self.recipe.stage_name(i) if i is not None else "base",
-                            "checkpoint": str(source.relative_to(self.dir.path)) if i is not None else str(source)}
+            records.append({"kind": "eval", "stage": name, "name": which,
+                            "checkpoint": str(source.relative_to(self.dir.path) if which != "base" else source)}
                            | result.record() | {"time.seconds": seconds,
                                                 "time.dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)})
-            self.observer.on_step(records[-1] | {"step": count + 1}, len(trained))
-            if self.observer.should_stop():
-                raise Interrupted(f"stopped in stage {name}; it begins again")
+            self.observer.on_step(records[-1] | {"step": count + 1}, len(sources))
         for record in records:
             self.log.append(record)
+        self.log.position()  # on the disk before the file that says so
         write_text(directory / "results.json", json.dumps(records, indent=2) + "\n")
 
+    def _check_stop(self, name: str) -> None:
+        if self.observer.should_stop():
+            raise Interrupted(f"stopped in stage {name}; what it has saved is kept")
+
     # -- what stages stand on -----------------------------------------------------------------------------------------
+
+    def _trained(self, before: int) -> list[int]:
+        """The stages under `before` that leave a checkpoint."""
+        return [i for i in range(before) if not isinstance(self.recipe.stages[i], EvalStage)]
+
+    def _checkpoint(self, index: int) -> Path:
+        """Where stage `index` left its checkpoint. Raises ValueError if it has not yet."""
+        name = self.recipe.stage_name(index)
+        directory = self.dir.stage(index, name)
+        if not is_complete(directory):
+            raise ValueError(f"{directory} holds no checkpoint yet; run stage {name} first")
+        return directory
 
     def _is_done(self, index: int) -> bool:
         directory = self.dir.stage(index, self.recipe.stage_name(index))
@@ -173,8 +197,8 @@ class Run:
         """The model that stage `index` starts from: already in memory, the stage before's checkpoint, or the recipe's."""
         if self.model is not None:
             return
-        before = [i for i in range(index) if not isinstance(self.recipe.stages[i], EvalStage)]
-        source = self.dir.stage(before[-1], self.recipe.stage_name(before[-1])) if before else self.recipe.model.from_dir
+        before = self._trained(index)
+        source = self._checkpoint(before[-1]) if before else self.recipe.model.from_dir
         if source is not None:
             loaded = load_checkpoint(source, dtype=torch.float32)
             self.model, self.tokenizer = loaded.model, loaded.tokenizer
@@ -190,6 +214,7 @@ class Run:
 
         def texts():
             for _ in range(self.recipe.tokenizer.samples):
+                self._check_stop(self.recipe.stage_name(0))
                 problem = self.task.sample(rng)
                 yield problem.prompt
                 yield self.task.trace(problem, rng)
@@ -230,11 +255,10 @@ class Run:
 
     def _finish(self) -> Path:
         """`final/`: the last trained checkpoint with all scores in its provenance; the report beside it."""
-        trained = [i for i, s in enumerate(self.recipe.stages) if not isinstance(s, EvalStage)]
+        trained = self._trained(len(self.recipe.stages))
         final = self.dir.final
         if not is_complete(final):
-            source = (self.dir.stage(trained[-1], self.recipe.stage_name(trained[-1])) if trained
-                      else Path(self.recipe.model.from_dir))
+            source = self._checkpoint(trained[-1]) if trained else Path(self.recipe.model.from_dir)
             loaded = load_checkpoint(source)
             scores = [json.loads(line) for line in self.dir.metrics.read_text(encoding="utf-8").splitlines()]
             provenance = read_provenance(source) if trained else {"recipe": self.recipe.name, "taught": self.taught()}
