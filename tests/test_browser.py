@@ -155,7 +155,6 @@ def site(chromium, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     app = fake_app(metrics, delay=0.005)
     contexts, said, foreign, renders = [], [], [], []
-    base = ""
 
     def note(request):
         if not request.url.startswith((base, "data:")):
