@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="jevons", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Bring a verifier, get a reasoner: train, serve and price DeepSeek-V3/R1-style models.")
+app = typer.Typer(name="jevons", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, help="Bring a verifier, get a reasoner: train, serve and price DeepSeek-V3/R1-style models.")
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/RECIPE)")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="port on this machine; 0 takes a free one")]
@@ -39,15 +39,19 @@ def run(recipe: Annotated[str, typer.Argument(help="recipe by name or path")], o
 
 @app.command("eval")
 def evaluate(checkpoint: CheckpointArgument,
-             task: Annotated[str | None, typer.Option("--task", help="task by name, or file.py:Class (default: the one it was trained on)")] = None,
+             task: Annotated[str | None, typer.Option(
+                 "--task", help="task by name, or file.py:Class (default: the one it was trained on)")] = None,
              numbers: Annotated[int | None, typer.Option("--numbers", help="how many numbers a Countdown problem has")] = None,
              n: Annotated[int, typer.Option("--n", min=1, help="problems")] = 1000,
              seed: Annotated[int, typer.Option("--seed", min=0, help="which problems")] = 0,
-             samples: Annotated[int, typer.Option("--samples", min=1, help="answers per problem; above 1 sampled, with pass@k")] = 1,
-             temperature: Annotated[float | None, typer.Option("--temperature", min=0, max=2, help="default: 0, or 1 with --samples")] = None,
+             samples: Annotated[int, typer.Option(
+                 "--samples", min=1, help="answers per problem; above 1 sampled, with pass@k")] = 1,
+             temperature: Annotated[float | None, typer.Option(
+                 "--temperature", min=0, max=2, help="default: 0, or 1 with --samples")] = None,
              max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
              as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-             dump: Annotated[Path | None, typer.Option("--dump", help="write prompts and full answers, one JSON object a line")] = None) -> None:
+             dump: Annotated[Path | None, typer.Option(
+                 "--dump", help="write prompts and full answers, one JSON object a line")] = None) -> None:
     """pass@1, pass@k and thinking length on problems never trained on, with 95 % intervals."""
     from jevons.terminal import evaluate_checkpoint
 
@@ -62,7 +66,8 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="requests that may wait; more get 429")] = 128,
           dollars_per_hour: Annotated[float, typer.Option("--dollars-per-hour", min=0, help="what this machine costs")] = 0.10,
           allow_host: Annotated[list[str] | None, typer.Option("--allow-host", help="further Host names to accept")] = None,
-          api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None) -> None:
+          api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None,
+          ) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal import serve_checkpoint
 

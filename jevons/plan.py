@@ -60,7 +60,8 @@ def count_parameters(c: ModelConfig) -> Parameters:
     last = c.num_hidden_layers
     mtp = c.num_nextn_predict_layers * (attention_parameters(c) + ffn_parameters(c, last, False) + norm_parameters(c)
                                         + 2 * c.hidden_size**2 + 3 * c.hidden_size)
-    return Parameters(embedding, head, attention, moe, dense, norms, mtp, embedding + head + attention + moe + dense + norms, active)
+    total = embedding + head + attention + moe + dense + norms
+    return Parameters(embedding, head, attention, moe, dense, norms, mtp, total, active)
 
 
 def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RECIPE_DIR = Path(__file__).resolve().parent / "recipes"
+DIRECTORY_NAME = r"^\w[\w.+ -]*$"  # names become directories
 
 
 class RecipeError(ValueError):
@@ -50,6 +51,12 @@ class TokenizerTable(_Table):
     vocab_size: int = Field(512, ge=288)
     samples: int = Field(20_000, ge=10)
 
+    @model_validator(mode="after")
+    def _whole_tiles(self) -> TokenizerTable:
+        if self.vocab_size % 32:
+            raise ValueError(f"vocab_size is {self.vocab_size}; a multiple of 32 would be right")
+        return self
+
 
 class CostTable(_Table):
     """`[cost]`: what an hour of this machine costs; every dollar shown follows from it."""
@@ -72,7 +79,7 @@ class OptimizerTable(_Table):
 
 
 class StageTable(_Table):
-    name: str = ""
+    name: str = Field("", pattern=DIRECTORY_NAME)
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
 
 
@@ -138,7 +145,7 @@ Stage = Annotated[PretrainStage | GRPOStage | EvalStage, Field(discriminator="ki
 
 
 class Recipe(_Table):
-    name: str
+    name: str = Field(pattern=DIRECTORY_NAME)
     description: str = ""
     seed: int = 0
     model: ModelTable
@@ -219,7 +226,23 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
-    """A recipe by name or path, and its text (a run keeps the text, and refuses to resume under another one)."""
+    """A recipe by name or path, and its text (a run keeps the text, and refuses to resume under another one).
+
+    A relative `[model] from` or `[task] name = "file.py:Class"` that is not found here is looked for beside the recipe.
+    """
     path = find_recipe(name_or_path)
-    text = path.read_text(encoding="utf-8")
-    return parse_recipe(text, str(path)), text
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    recipe = parse_recipe(text, str(path))
+
+    def beside(name: str) -> str:
+        return name if Path(name).exists() or not (path.parent / name).exists() else str(path.parent / name)
+
+    if recipe.model.from_dir:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"from_dir": beside(recipe.model.from_dir)})})
+    file, colon, kind = recipe.task.name.rpartition(":")
+    if file.endswith(".py"):
+        recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"name": beside(file) + colon + kind})})
+    return recipe, text

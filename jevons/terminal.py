@@ -224,10 +224,10 @@ def _summary(out: Path, console: Console) -> None:
 
 def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dict[str, Any] | None = None) -> Any:
     """The task named, or the one the checkpoint was trained on. Raises ValueError where there is neither."""
-    from jevons.tasks.registry import load_task
+    from jevons.tasks.registry import load_task, portable_name
 
     trained = provenance.get("task") or {}
-    name = name or trained.get("name")
+    name = portable_name(name) if name else trained.get("name")
     if name is None:
         raise ValueError("the checkpoint does not say which task it was trained on; give --task")
     own = trained.get("args", {}) if trained.get("name") == name else {}

@@ -33,7 +33,7 @@ from jevons.store.checkpoint import is_complete, load_checkpoint, read_provenanc
 from jevons.store.files import write_text
 from jevons.store.run_dir import MetricsLog, RunDir
 from jevons.tasks.base import Task
-from jevons.tasks.registry import load_task
+from jevons.tasks.registry import load_task, portable_name
 from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
 from jevons.train.pretrain import Pretrain
@@ -63,6 +63,7 @@ class Run:
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect()
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
         self.results: list[dict[str, Any]] = []
@@ -90,6 +91,20 @@ class Run:
                     if name == only_stage:
                         return self.dir.stage(index, name)
                 return self._finish()
+
+    def _check(self) -> None:
+        """Raises ValueError for what could only fail later, with the directory already begun."""
+        recipe = self.recipe
+        for index, stage in enumerate(recipe.stages):
+            if isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
+                raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
+                                 f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
+                                 "from a model with `[model] from = DIR`")
+        if recipe.model.from_dir:
+            ModelConfig.load(recipe.model.from_dir)
+        elif (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
+            raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
+                             f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -204,10 +219,11 @@ class Run:
             self.model, self.tokenizer = loaded.model, loaded.tokenizer
             return
         self.tokenizer = self._train_tokenizer()
-        special = {"bos_token_id": self.tokenizer.bos_id, "eos_token_id": self.tokenizer.eos_id}
-        config: ModelConfig = preset(self.recipe.model.preset, **(
-            {"vocab_size": self.recipe.tokenizer.vocab_size} | special | self.recipe.model.set))
-        self.model = build_model(config, seed=self.recipe.seed)
+        self.model = build_model(self._config(), seed=self.recipe.seed)
+
+    def _config(self) -> ModelConfig:
+        """Of the preset; its bos and eos are 0 and 1, which `train_tokenizer` gives them too."""
+        return preset(self.recipe.model.preset, **({"vocab_size": self.recipe.tokenizer.vocab_size} | self.recipe.model.set))
 
     def _train_tokenizer(self) -> Tokenizer:
         rng = random.Random(f"tokenizer {self.recipe.seed}")
@@ -242,7 +258,7 @@ class Run:
 
     def _provenance(self, index: int, numbers: dict[str, Any]) -> dict[str, Any]:
         return {"jevons": __version__, "recipe": self.recipe.name, "recipe_text": self.text, "seed": self.recipe.seed,
-                "task": {"name": self.recipe.task.name, "args": self.recipe.task.args}, "taught": self.taught(),
+                "task": {"name": portable_name(self.recipe.task.name), "args": self.recipe.task.args}, "taught": self.taught(),
                 "stage": self.recipe.stage_name(index), "torch": torch.__version__, "cpu": self.runtime.cpu} | numbers
 
     def _log_once(self, record: dict[str, Any]) -> None:

@@ -52,6 +52,12 @@ def load_task(name: str, args: dict[str, Any] | None = None) -> Task:
     return task
 
 
+def portable_name(name: str) -> str:
+    """A task's name with the path of its file made absolute, so that it is found from everywhere."""
+    file, colon, kind = name.rpartition(":")
+    return f"{Path(file).resolve()}{colon}{kind}" if file.endswith(".py") else name
+
+
 def _class_of_file(name: str) -> type:
     file, _, attribute = name.rpartition(":")
     if not file.endswith(".py") or not attribute.isidentifier():
