@@ -67,6 +67,7 @@ class Micro:
     behaviour: torch.Tensor
     advantage: torch.Tensor
     weight: torch.Tensor
+    share: float = 1.0  # of its update's tokens
     old: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
@@ -80,13 +81,11 @@ class GRPO(Objective):
         self.dtype = torch.float32  # set by the pipeline to the loop's, for the passes taken outside of it
         self._rollouts: Rollouts | None = None
         self._load: torch.Tensor | None = None
-        self._generated = 0
 
     def next_batch(self, step: int) -> list[list[Micro]]:
         if self.reference is not None and step > 0 and step % REFERENCE_EVERY == 0:
             self.reference.load_state_dict(self.model.state_dict())
         rollouts = self._rollouts = self.roller.roll(step)
-        self._generated += sum(e.tokens for e in rollouts.all)
         self._load = None
         episodes = [e for group in rollouts.groups for e in group]
         if not episodes:
@@ -118,11 +117,14 @@ class GRPO(Objective):
             def norm(e: Episode) -> float:
                 if stage.mask_truncated and e.truncated:
                     return 0.0
-                return 1.0 / (len(episodes) * (stage.max_tokens if stage.loss_normaliser == "constant" else e.tokens))
+                return 1.0 / (len(episodes) * (stage.max_tokens if stage.loss_normaliser == "constant" else max(1, e.tokens)))
 
             micros.append(Micro(batch, keep, batch.targets_N[keep], per_token([e.completion.logprobs for e in part]),
                                 per_token([[e.advantage] * e.tokens for e in part]),
                                 per_token([[norm(e)] * e.tokens for e in part])))
+        total = sum(m.keep_N.numel() for m in micros)
+        for micro in micros:
+            micro.share = micro.keep_N.numel() / total
         return micros
 
     def _logprobs(self, model: CausalLM, micro: Micro, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,11 +158,11 @@ class GRPO(Objective):
         with torch.no_grad():
             sums = {"loss": loss.item(), "count": count, "clipped": clipped.sum().item(), "kl": kl.sum().item(),
                     "entropy": -(everything.exp() * everything).sum().item(),
-                    "gap": (old - micro.behaviour).abs().sum().item(), "tokens": b.tokens}
+                    "gap": (old - micro.behaviour).abs().sum().item()}
         if with_mtp:  # the module keeps learning on the rollouts; trunk, embedding and head do not feel it
             second = mtp_loss(self.model, out, b, detach_head=True)
             sums |= {"mtp": second.item() * count}
-            loss = loss + stage.mtp_weight * second
+            loss = loss + stage.mtp_weight * micro.share * second
         return LossParts(loss, sums, out.load_RE)
 
     def after_update(self, load_RE: torch.Tensor | None) -> None:
@@ -171,19 +173,19 @@ class GRPO(Objective):
         episodes, rollouts = self._rollouts.all, self._rollouts
         right = [e.tokens for e in episodes if e.reward.correct == 1.0]
         wrong = [e.tokens for e in episodes if e.reward.correct != 1.0]
-        parts = {name: _mean([e.reward.parts.get(name, 0.0) for e in episodes]) for name in episodes[0].reward.parts}
-        count = max(1.0, sums.get("count", 0.0))
+        parts = {name: _mean([e.reward.parts.get(name, 0.0) for e in episodes])
+                 for name in sorted({name for e in episodes for name in e.reward.parts})}
         thinking = [self._thinking(e) for e in episodes]
         record = {
+            "tokens": sum(e.tokens for e in episodes),
             "reward": _mean([e.value for e in episodes]), "reward_parts": parts, "accuracy": len(right) / len(episodes),
             "zero_spread": rollouts.zero_spread, "length": _mean([e.tokens for e in episodes]), "length_right": _mean(right),
             "length_wrong": _mean(wrong), "thinking_length": _mean(thinking),
-            "truncated": _mean([float(e.truncated) for e in episodes]), "generated_tokens": self._generated,
-            "clip_share": sums.get("clipped", 0.0) / count, "entropy": sums.get("entropy", 0.0) / count,
-            "logprob_gap": sums.get("gap", 0.0) / count, "kl": sums.get("kl", 0.0) / count, "loss": sums.get("loss", 0.0),
+            "truncated": _mean([float(e.truncated) for e in episodes]),
         }
-        if "mtp" in sums:
-            record["mtp_loss"] = sums["mtp"] / count
+        if sums:  # no group had spread: nothing was trained, and there is nothing to say of it
+            per_token = {"clip_share": "clipped", "entropy": "entropy", "logprob_gap": "gap", "kl": "kl", "mtp_loss": "mtp"}
+            record |= {"loss": sums["loss"]} | {k: sums[s] / sums["count"] for k, s in per_token.items() if s in sums}
         return record | load_metrics(self._load)
 
     def _thinking(self, episode: Episode) -> int:
@@ -203,12 +205,6 @@ class GRPO(Objective):
                     groups.add(e.group)
                     break
         return [e.shown() for e in shown]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generated": self._generated}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._generated = state["generated"]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {} if self.reference is None else dict(self.reference.state_dict())

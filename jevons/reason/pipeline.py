@@ -39,7 +39,8 @@ from jevons.train.objective import Objective
 from jevons.train.pretrain import Pretrain
 
 BEGIN = "begin.json"
-CONTEXT_SLACK = 128  # rollouts' room for the prompt beside max_tokens
+LEAST_PROMPT = 128  # tokens of room that rollouts leave for a prompt beside max_tokens; twice the longest of PROBED if more
+PROBED = 64
 
 
 class Observer(Protocol):
@@ -154,9 +155,10 @@ class Run:
     def _objective(self, stage: PretrainStage | GRPOStage) -> Objective:
         if isinstance(stage, PretrainStage):
             return Pretrain(self.model, self.tokenizer, self.task, stage, self.recipe.seed)
-        sequences = stage.problems * stage.group_size
+        sequences, rng, render = stage.problems * stage.group_size, random.Random("prompt lengths"), self.tokenizer.renderer()
+        prompt = max(LEAST_PROMPT, *(2 * len(render.question(self.task.sample(rng).prompt)) for _ in range(PROBED)))
         engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
-                        max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + CONTEXT_SLACK))
+                        max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + prompt))
         objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
         objective.dtype = self.runtime.dtype
         return objective

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from jevons.model import CausalLM
+from jevons.plan import dollars
 from jevons.recipe import OptimizerTable
 from jevons.store.run_dir import MetricsLog
 from jevons.store.train_state import load_latest, save_train_state
@@ -65,7 +66,6 @@ class StepResult:
     sums: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     lr: float = 0.0
-    tokens: int = 0
 
 
 class Loop:
@@ -86,11 +86,11 @@ class Loop:
             self.progress.seconds = now - began
             record = self._log(result, now - started)
             last = self.progress.step == self.objective.steps
-            if last or self.progress.step % self.settings.save_every == 0:
-                self.save()
             self.settings.on_step(record, self.objective.steps)
-            if self.settings.should_stop() and not last:
+            stop = self.settings.should_stop() and not last
+            if last or stop or self.progress.step % self.settings.save_every == 0:
                 self.save()
+            if stop:
                 raise Interrupted(f"stopped after step {self.progress.step} of {self.objective.steps}; the state is saved")
         return self.progress
 
@@ -109,8 +109,6 @@ class Loop:
                     load = parts.load_RE if load is None else load + parts.load_RE
             if update:
                 self._update(result, load)
-        result.tokens = int(result.sums.pop("tokens", 0))
-        self.progress.tokens += result.tokens
         return result
 
     def _update(self, result: StepResult, load: torch.Tensor | None) -> None:
@@ -137,12 +135,14 @@ class Loop:
 
     def _log(self, result: StepResult, seconds: float) -> dict[str, Any]:
         progress, stage = self.progress, self.settings.stage
-        record = {"kind": "step", "stage": stage, "step": progress.step, "tokens": progress.tokens}
-        record |= self.objective.metrics(result.sums)
+        metrics = self.objective.metrics(result.sums)
+        tokens = int(metrics["tokens"])
+        progress.tokens += tokens
+        record = {"kind": "step", "stage": stage, "step": progress.step} | metrics | {"tokens": progress.tokens}
         record |= {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": progress.skipped}
         record |= {"time.seconds": round(progress.seconds, 3), "time.step_seconds": round(seconds, 4),
-                   "time.tokens_per_second": round(result.tokens / seconds, 1),
-                   "time.dollars": progress.seconds / 3600 * self.settings.dollars_per_hour, "time.unix": time.time()}
+                   "time.tokens_per_second": round(tokens / seconds, 1),
+                   "time.dollars": dollars(progress.seconds, self.settings.dollars_per_hour), "time.unix": time.time()}
         self.log.append(record)
         samples = self.objective.samples()
         if samples:

@@ -32,14 +32,13 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, micro: Any) -> LossParts:
-        """`sums["tokens"]` counts the micro-batch's tokens."""
         raise NotImplementedError
 
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         """Called after each optimizer step with the load of all its micro-batches (router bias update)."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
-        """What this step logs, from the sums over its micro-batches."""
+        """What this step logs, from the sums over its micro-batches; "tokens" says how many it read or generated."""
         raise NotImplementedError
 
     def samples(self) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ class Pretrain(Objective):
         return pack(take_documents(documents, self.stage.batch_tokens), self.tokenizer.pad_id)
 
     def next_batch(self, step: int) -> list[list[Batch]]:
+        self._load = None  # a skipped update leaves none
         return [[self._prefetch.get(step)]]
 
     def loss(self, batch: Batch) -> LossParts:
@@ -56,5 +57,5 @@ class Pretrain(Objective):
             update_router_bias(self.model, load_RE, self.stage.bias_update_speed)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
-        shown = ("loss", "mtp_loss", "balance_loss") if self.model.mtp else ("loss", "balance_loss")
+        shown = ("tokens", "loss", "mtp_loss", "balance_loss") if self.model.mtp else ("tokens", "loss", "balance_loss")
         return {key: sums[key] for key in shown} | load_metrics(self._load)
