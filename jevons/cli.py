@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(name="jevons", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, help="Bring a verifier, get a reasoner: train, serve and price DeepSeek-V3/R1-style models.")
+                  pretty_exceptions_enable=False,
+                  help="Bring a verifier, get a reasoner: train, serve and price DeepSeek-V3/R1-style models.")
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/RECIPE)")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="port on this machine; 0 takes a free one")]
@@ -23,7 +24,7 @@ def up(recipe: Annotated[str, typer.Argument(help="recipe by name or path")] = "
        port: PortOption = 8000, host: HostOption = "127.0.0.1",
        serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the result afterwards")] = True) -> None:
     """Train a reasoning model here, watch it learn, then talk to it. Run again, it continues or serves at once."""
-    from jevons.terminal import run_recipe
+    from jevons.terminal.run import run_recipe
 
     run_recipe(recipe, out, address=(host, port), serve_after=serve)
 
@@ -32,7 +33,7 @@ def up(recipe: Annotated[str, typer.Argument(help="recipe by name or path")] = "
 def run(recipe: Annotated[str, typer.Argument(help="recipe by name or path")], out: OutOption = None,
         stage: Annotated[str | None, typer.Option("--stage", help="run only this stage")] = None) -> None:
     """Run a recipe's stages, without a server. Continues where it stopped."""
-    from jevons.terminal import run_recipe
+    from jevons.terminal.run import run_recipe
 
     run_recipe(recipe, out, only_stage=stage)
 
@@ -53,7 +54,7 @@ def evaluate(checkpoint: CheckpointArgument,
              dump: Annotated[Path | None, typer.Option(
                  "--dump", help="write prompts and full answers, one JSON object a line")] = None) -> None:
     """pass@1, pass@k and thinking length on problems never trained on, with 95 % intervals."""
-    from jevons.terminal import evaluate_checkpoint
+    from jevons.terminal.checkpoint import evaluate_checkpoint
 
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
@@ -69,7 +70,7 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None,
           ) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
-    from jevons.terminal import serve_checkpoint
+    from jevons.terminal.checkpoint import serve_checkpoint
 
     serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key)
 
@@ -79,7 +80,7 @@ def chat(checkpoint: CheckpointArgument,
          temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.6,
          max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024) -> None:
     """Talk to a checkpoint in the terminal; its thoughts stream dimmed."""
-    from jevons.terminal import chat_with
+    from jevons.terminal.checkpoint import chat_with
 
     chat_with(checkpoint, temperature, max_tokens)
 
@@ -88,7 +89,7 @@ def chat(checkpoint: CheckpointArgument,
 def info(checkpoint: Annotated[Path | None, typer.Argument(help="checkpoint directory; none: this machine")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
     """What a checkpoint, or this machine, is."""
-    from jevons.terminal import describe
+    from jevons.terminal.checkpoint import describe
 
     values = describe(checkpoint)
     if as_json:

@@ -62,7 +62,7 @@ class Run:
     def __init__(self, recipe: Recipe, text: str, out: Path, observer: Observer, runtime: Runtime | None = None):
         self.recipe, self.text, self.observer = recipe, text, observer
         self.dir = RunDir(out)
-        self.runtime = runtime or Runtime.detect()
+        self.runtime = runtime or Runtime.detect("cpu")
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
         self._check()
         self.model: CausalLM | None = None

@@ -1,0 +1,90 @@
+"""The HTTP server beside a run, or after it, and what a signal does to both."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+CHAT_BATCH = 16
+
+
+class StopSignal:
+    """Ctrl-C (or SIGTERM) once: stop at the next step, with the state saved. Twice: stop at once; the last save stays."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.notice = "stopping after this step; once more to stop at once"
+        self.on_stop = lambda: None
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h")  # the progress bar hides the cursor
+            os._exit(130)  # saves are atomic: whatever was being written is as if it had never begun
+        self.asked = True
+        self.on_stop()
+        os.write(2, f"\n{self.notice}\n".encode())
+
+
+class Beside:
+    """The HTTP server beside a run, or after it. The thread that made it owns the engine."""
+
+    def __init__(self, address: tuple[str, int], dollars_per_hour: float, task: Any, taught: str, metrics: Path | None,
+                 max_waiting: int = 128, allow_hosts: list[str] | None = None, api_key: str | None = None):
+        from jevons.serve.app import Server, ServeSettings, create_app
+        from jevons.serve.host import EngineHost
+        from jevons.serve.pages import PageInfo
+
+        self.tokenizer: Any = None
+        self.training: str | None = None
+        self.host = EngineHost(max_waiting=max_waiting)
+        examples = getattr(task, "examples", None)
+        questions = examples() if examples else []
+        hashes = (hashlib.sha256(api_key.encode()).hexdigest(),) if api_key else ()
+        settings = ServeSettings(host=address[0], port=address[1], dollars_per_hour=dollars_per_hour,
+                                 allow_hosts=tuple(allow_hosts or ()), api_key_hashes=hashes)
+        page = PageInfo(model=lambda: self.host.model_name, taught=lambda: taught, examples=lambda: questions,
+                        dollars_per_hour=dollars_per_hour, training=lambda: self.training)
+        self.server = Server(create_app(self.host, lambda: self.tokenizer, settings, page, metrics), settings)
+        self.server.start()
+
+    def show(self, model: Any, tokenizer: Any, name: str, max_batch: int = CHAT_BATCH) -> None:
+        """Answer with this model from now on."""
+        from jevons.engine.engine import Engine
+
+        self.host.set_engine(None)
+        self.tokenizer = tokenizer
+        self.host.set_engine(Engine(model, tokenizer.eos_id, max_batch=max_batch, max_waiting=4 * max_batch,
+                                    max_len=model.config.max_position_embeddings, tokenizer=tokenizer), name)
+
+    def run_forever(self, stop: StopSignal) -> None:
+        """Serve until Ctrl-C."""
+        stop.notice, stop.on_stop = "stopping; once more to stop at once", self.host.stop
+        try:
+            if not stop.asked:
+                self.host.run_forever()
+        finally:
+            self.server.stop()
+
+
+def use_threads() -> Any:
+    """The runtime, with torch set to its threads (OMP_NUM_THREADS wins). The network runs on the CPU so far."""
+    import torch
+
+    from jevons.runtime import Runtime
+
+    runtime = Runtime.detect("cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(runtime.threads)
+    return runtime

@@ -1,0 +1,148 @@
+"""What is done with one checkpoint: evaluate, serve, chat, describe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jevons.terminal.beside import Beside, StopSignal, use_threads
+
+
+def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dict[str, Any] | None = None) -> Any:
+    """The task named, or the one the checkpoint was trained on. Raises ValueError where there is neither."""
+    from jevons.tasks.registry import load_task, portable_name
+
+    trained = provenance.get("task") or {}
+    name = portable_name(name) if name else trained.get("name")
+    if name is None:
+        raise ValueError("the checkpoint does not say which task it was trained on; give --task")
+    own = trained.get("args", {}) if trained.get("name") == name else {}
+    return load_task(name, own | (args or {}))
+
+
+def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
+                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None) -> None:
+    from jevons.store.checkpoint import load_checkpoint
+
+    if dump is not None and not dump.resolve().parent.is_dir():
+        raise ValueError(f"--dump {dump}: there is no directory {dump.parent}")
+    use_threads()
+    loaded = load_checkpoint(checkpoint)
+    the_task = _trained_task(loaded.provenance, task, {"numbers": numbers} if numbers is not None else None)
+    from jevons.reason.evaluate import evaluate
+
+    console = Console(stderr=True)
+    with console.status(f"{n} problems"):
+        result, _ = evaluate(loaded.model, loaded.tokenizer, the_task, n, seed, max_tokens, samples, temperature, dump=dump)
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint), "task": the_task.name, "seed": seed} | result.record()))
+        return
+    print(f"pass@1           {result.accuracy:.1%}  (95 % interval {result.low:.1%} to {result.high:.1%}, {n} problems)")
+    if result.pass_at_k is not None:
+        print(f"pass@{samples:<11} {result.pass_at_k:.1%}")
+    print(f"thinking tokens  {result.thinking_length:.1f}\ntruncated        {result.truncated:.1%}")
+    if result.mtp_acceptance is not None:
+        print(f"MTP accepted     {result.mtp_acceptance:.1%}")
+
+
+def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
+                     allow_hosts: list[str], api_key: str | None) -> None:
+    from jevons.store.checkpoint import load_checkpoint
+
+    use_threads()
+    loaded = load_checkpoint(checkpoint)
+    task = None
+    with contextlib.suppress(ValueError):  # a foreign checkpoint was taught something we do not know
+        task = _trained_task(loaded.provenance)
+    console = Console(stderr=True)
+    with StopSignal() as stop:
+        taught = loaded.provenance.get("taught") or loaded.config.architecture
+        beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key)
+        beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch)
+        console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
+        beside.run_forever(stop)
+
+
+def chat_with(checkpoint: Path, temperature: float, max_tokens: int) -> None:
+    """A loop of questions; Ctrl-C ends an answer, Ctrl-D the chat."""
+    from jevons.engine.engine import Engine
+    from jevons.store.checkpoint import load_checkpoint
+
+    use_threads()
+    loaded = load_checkpoint(checkpoint)
+    console = Console(highlight=False, emoji=False)
+    engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
+                    max_len=loaded.config.max_position_embeddings)
+    console.print(f"[dim]{loaded.provenance.get('taught') or loaded.config.architecture}. Ctrl-D ends the chat.[/]")
+    seed = 0
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if not question:
+            continue
+        seed += 1
+        try:
+            for thought, answer in _answer(engine, loaded.tokenizer, question, temperature, max_tokens, seed):
+                console.print(thought, style="dim", end="", markup=False)
+                console.print(answer, style="bold", end="", markup=False)
+        except KeyboardInterrupt:
+            for sequence in list(engine.scheduler.running):
+                engine.cancel(sequence.request.request_id)
+        except ValueError as error:  # a question longer than the context
+            console.print(str(error), style="red", markup=False)
+        console.print()
+
+
+def _answer(engine: Any, tokenizer: Any, question: str, temperature: float, max_tokens: int, seed: int,
+            ) -> Iterator[tuple[str, str]]:
+    """(thought, answer) pieces as they come."""
+    from jevons.chat import ReasoningParser
+    from jevons.engine.types import Request, SamplingParams
+
+    parser, stream = ReasoningParser(), tokenizer.decode_stream()
+    engine.submit(Request(tokenizer.renderer().question(question), SamplingParams(max_tokens, temperature, seed=seed)))
+    while engine.has_work:
+        for event in engine.step():
+            if event.error:
+                raise ValueError(event.error)
+            text = stream.step(event.token_id) if event.token_id is not None else None
+            if text:
+                yield parser.feed(text)
+    yield parser.finish()
+
+
+def describe(checkpoint: Path | None) -> dict[str, Any]:
+    """`jevons info`: the machine, or a checkpoint."""
+    from jevons.runtime import Runtime
+
+    if checkpoint is None:
+        return Runtime.detect().describe()
+    from jevons.config import ModelConfig
+    from jevons.plan import count_parameters, kv_bytes_per_token
+    from jevons.store.checkpoint import read_provenance
+
+    config = ModelConfig.load(checkpoint)
+    counts = asdict(count_parameters(config))
+    values: dict[str, Any] = {"architecture": config.architecture, "layers": config.num_hidden_layers,
+                              "hidden size": config.hidden_size, "vocabulary": config.vocab_size,
+                              "context": config.max_position_embeddings, "parameters": f"{counts['total']:,}", "of these active": f"{counts['active']:,}"}
+    if config.is_moe:
+        values["experts"] = (f"{config.n_routed_experts} routed, {config.num_experts_per_tok} a token, "
+                             f"{config.n_shared_experts} shared")
+    if counts["mtp"]:
+        values["MTP module"] = f"{counts['mtp']:,}"
+    values["cache bytes a token (bf16)"] = kv_bytes_per_token(config)
+    provenance = read_provenance(checkpoint)
+    values |= {k: v for k, v in provenance.items() if k not in ("recipe_text", "scores", "task")}
+    for score in provenance.get("scores", []):
+        values[f"score of {score['name']}"] = f"{score['accuracy']:.1%} right of {score['n']} held-out problems"
+    return values
