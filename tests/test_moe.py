@@ -164,7 +164,7 @@ def random_routing(n, k, experts, allowed=None):
     chosen = torch.stack([torch.tensor(random.sample(allowed or range(experts), k)) for _ in range(n)])
     weights = torch.rand(n, k).requires_grad_()
     load = torch.zeros(experts).index_add_(0, chosen.flatten(), torch.ones(n * k))
-    return Routing(chosen, weights, load, torch.zeros(()))
+    return Routing(chosen, weights, load.long(), load, torch.zeros(()))
 
 
 def naive_experts(x, routing, gate_up, down):
@@ -188,7 +188,7 @@ def test_experts_and_their_gradients(n, k, allowed):
     out = bank(x, routing)
     exact = [t.detach().double().requires_grad_() for t in (x, bank.gate_up_proj, bank.down_proj)]
     weights = routing.weights_NK.detach().double().requires_grad_()
-    expected = naive_experts(exact[0], Routing(routing.experts_NK, weights, routing.load_E, None), *exact[1:])
+    expected = naive_experts(exact[0], Routing(routing.experts_NK, weights, routing.rows_E, routing.load_E, None), *exact[1:])
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
     grad = torch.randn(n, 16)
     got = torch.autograd.grad(out, [x, bank.gate_up_proj, bank.down_proj, routing.weights_NK], grad)

@@ -56,13 +56,14 @@ def causal_attention(q_BHLd, k_BHLd, v_BHLv, scale: float) -> torch.Tensor:
 
 def attend_segments(q_NHd, k_NHd, v_NHv, segments: Segments, scale: float) -> torch.Tensor:
     """Causal attention within each row of each segment -> [N, H * v]. One call per segment: rows of like length share
-    one, so short documents do not pay for long ones' squares."""
+    one, so short documents do not pay for long ones' squares. Tokens past the last segment are padding and get zeros."""
     sizes = [rows * length for rows, length in segments]
+    tail = q_NHd.shape[0] - sum(sizes)
     outs = []
-    for (rows, _), q, k, v in zip(segments, q_NHd.split(sizes), k_NHd.split(sizes), v_NHv.split(sizes), strict=True):
-        q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (q, k, v))
+    for (rows, _), *qkv in zip(segments, *(t.split([*sizes, tail]) for t in (q_NHd, k_NHd, v_NHv)), strict=False):
+        q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in qkv)
         outs.append(causal_attention(q, k, v, scale).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).flatten(1)
+    return torch.cat([*outs, outs[0].new_zeros(tail, *outs[0].shape[1:])]).flatten(1)
 
 
 def pad_queries(x_NHW: torch.Tensor, meta: BatchMeta) -> torch.Tensor:

@@ -14,6 +14,8 @@ from jevons.model.attention import Segments
 from jevons.model.layers import MLP, HFView
 from jevons.numerics import grouped_linear
 
+ALIGN = 32
+
 
 @dataclass
 class Routing:
@@ -21,7 +23,8 @@ class Routing:
 
     experts_NK: torch.Tensor
     weights_NK: torch.Tensor
-    load_E: torch.Tensor  # tokens per expert, float32
+    rows_E: torch.Tensor  # tokens per expert, int64
+    load_E: torch.Tensor  # the same without padding, float32
     balance_loss: torch.Tensor  # sequence-wise, before alpha
 
 
@@ -36,10 +39,11 @@ class Gate(nn.Module):
         yield f"{name}.weight", self.weight
         yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
 
-    def forward(self, x_ND: torch.Tensor, segments: Segments | None = None) -> Routing:
+    def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None) -> Routing:
         """Choose by s + b within the best groups; weigh by the unbiased s (facts: V3's own gate, in float32).
 
-        With `segments` the tokens are training rows, and the balance loss of report eq. 17-20 is taken per row.
+        With `segments` the tokens are training rows, and the balance loss of report eq. 17-20 is taken per row;
+        `real_N` (float32) is 0 on padding.
         """
         c = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -53,25 +57,30 @@ class Gate(nn.Module):
                 dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, best, False)
                 choice = groups.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
             experts = choice.topk(c.num_experts_per_tok, dim=-1).indices
-            load = F.one_hot(experts, c.n_routed_experts).sum((0, 1)).float()
+            chosen_NE = torch.zeros_like(scores).scatter_(1, experts, 1.0)
+            rows = chosen_NE.sum(0).long()
+            load = rows.float() if real_N is None else real_N @ chosen_NE
         weights = scores.gather(1, experts)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * c.routed_scaling_factor
-        return Routing(experts, weights, load, self._balance(scores, segments) if segments else scores.new_zeros(()))
+        balance = self._balance(scores, segments, real_N) if segments else scores.new_zeros(())
+        return Routing(experts, weights, rows, load, balance)
 
-    def _balance(self, scores_NE: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def _balance(self, scores_NE: torch.Tensor, segments: Segments, real_N: torch.Tensor | None) -> torch.Tensor:
         """Sum over experts of f_i P_i, averaged over rows; f counts the unbiased top K."""
         c = self.config
+        real_N1 = torch.ones_like(scores_NE[:, :1]) if real_N is None else real_N[:, None]
         with torch.no_grad():
             top = scores_NE.topk(c.num_experts_per_tok, dim=-1).indices
-            chosen_NE = torch.zeros_like(scores_NE).scatter_(1, top, c.n_routed_experts / c.num_experts_per_tok)
-        share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
+            chosen_NE = torch.zeros_like(scores_NE).scatter_(1, top, c.n_routed_experts / c.num_experts_per_tok) * real_N1
+        share_NE = scores_NE / scores_NE.sum(-1, keepdim=True) * real_N1
         sizes = [rows * length for rows, length in segments]
+        sizes.append(scores_NE.shape[0] - sum(sizes))
         total = scores_NE.new_zeros(())
-        for (rows, _), chosen, share in zip(segments, chosen_NE.split(sizes), share_NE.split(sizes), strict=True):
-            f, p = chosen.unflatten(0, (rows, -1)).mean(1), share.unflatten(0, (rows, -1)).mean(1)
-            total = total + (f * p).sum()
+        for (rows, _), *parts in zip(segments, *(t.split(sizes) for t in (chosen_NE, share_NE, real_N1)), strict=False):
+            f, p, count = (t.unflatten(0, (rows, -1)).sum(1) for t in parts)
+            total = total + (f / count * p / count).sum()
         return total / sum(rows for rows, _ in segments)
 
 
@@ -94,45 +103,54 @@ class ExpertBank(nn.Module):
     def forward(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Sum over a token's K experts of weight * expert(x): no token is ever dropped."""
         n, k = routing.experts_NK.shape
-        flat = routing.experts_NK.flatten()
+        rows_E, flat = routing.rows_E, routing.experts_NK.flatten()
+        # Each expert's rows begin at a multiple of `align`, so that few distinct sizes occur (see data/packing.py).
+        align = ALIGN if torch.is_autocast_enabled("cpu") and x_ND.device.type == "cpu" and n * k >= 8 * ALIGN else 1
+        ends_E = (-(-rows_E // align) * align).cumsum(0)
+        starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
         order = flat.argsort(stable=True)
-        offs = routing.load_E.cumsum(0).to(torch.int32)
-        x_MD = _Dispatch.apply(x_ND, order, k)
-        gate, up = grouped_linear(x_MD, self.gate_up_proj, offs).chunk(2, dim=-1)
-        y_MD = grouped_linear(F.silu(gate) * up, self.down_proj, offs)
-        y_NKD = _Permute.apply(y_MD, order).view(n, k, -1)
+        first_E = rows_E.cumsum(0) - rows_E
+        ranked = flat[order]
+        cell_M = torch.empty_like(order).index_copy_(0, order, torch.arange(n * k, device=order.device) - first_E[ranked]
+                                                     + starts_E[ranked])
+        size = n * k + (align - 1) * len(rows_E) if align > 1 else n * k
+        x_MD = _Dispatch.apply(x_ND, cell_M, k, size)
+        offs_E = ends_E.to(torch.int32)
+        gate, up = grouped_linear(x_MD, self.gate_up_proj, offs_E).chunk(2, dim=-1)
+        y_MD = grouped_linear(F.silu(gate) * up, self.down_proj, offs_E)
+        y_NKD = _Collect.apply(y_MD, cell_M).view(n, k, -1)
         return (y_NKD * routing.weights_NK[..., None].to(y_NKD.dtype)).sum(1)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows of x, one per (token, expert), sorted by expert. Backward un-sorts and sums over K: no scatter-add, so it is
-    deterministic whatever the thread count, which bit-exact resume needs."""
+    """Copy each token's row to its K cells (row i*K+j to cell_M[i*K+j]); other cells are zero. Backward collects and sums
+    over K: no scatter-add, so it is deterministic whatever the thread count, which bit-exact resume needs."""
 
     @staticmethod
-    def forward(ctx, x_ND, order_M, k):
-        ctx.save_for_backward(order_M)
+    def forward(ctx, x_ND, cell_M, k, size):
+        ctx.save_for_backward(cell_M)
         ctx.k = k
-        return x_ND.index_select(0, order_M // k)
+        return x_ND.new_zeros(size, x_ND.shape[1]).index_copy_(0, cell_M, x_ND.repeat_interleave(k, dim=0))
 
     @staticmethod
     def backward(ctx, grad_MD):
-        (order_M,) = ctx.saved_tensors
-        flat = torch.empty_like(grad_MD).index_copy_(0, order_M, grad_MD)
-        return flat.view(-1, ctx.k, grad_MD.shape[-1]).sum(1), None, None
+        (cell_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, cell_M).view(-1, ctx.k, grad_MD.shape[-1]).sum(1), None, None, None
 
 
-class _Permute(torch.autograd.Function):
-    """Undo the sort: out[order] = y. Backward is the sort again."""
+class _Collect(torch.autograd.Function):
+    """y[cell_M]; every cell is read at most once, so the backward is a copy too."""
 
     @staticmethod
-    def forward(ctx, y_MD, order_M):
-        ctx.save_for_backward(order_M)
-        return torch.empty_like(y_MD).index_copy_(0, order_M, y_MD)
+    def forward(ctx, y_MD, cell_M):
+        ctx.save_for_backward(cell_M)
+        ctx.size = y_MD.shape[0]
+        return y_MD.index_select(0, cell_M)
 
     @staticmethod
     def backward(ctx, grad_MD):
-        (order_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, order_M), None
+        (cell_M,) = ctx.saved_tensors
+        return grad_MD.new_zeros(ctx.size, grad_MD.shape[1]).index_copy_(0, cell_M, grad_MD), None
 
 
 class MoE(nn.Module):
@@ -145,8 +163,9 @@ class MoE(nn.Module):
         self.shared_experts = (MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
                                if config.n_shared_experts else None)
 
-    def forward(self, x_ND: torch.Tensor, segments: Segments | None = None) -> tuple[torch.Tensor, Routing]:
-        routing = self.gate(x_ND, segments)
+    def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None,
+                ) -> tuple[torch.Tensor, Routing]:
+        routing = self.gate(x_ND, segments, real_N)
         y = self.experts(x_ND, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x_ND)

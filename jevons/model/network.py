@@ -29,12 +29,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_ND, attend, segments: Segments | None = None) -> tuple[torch.Tensor, Routing | None]:
+    def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
         x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND))
         h = self.post_attention_layernorm(x_ND)
         if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(h, segments)
+            y, routing = self.mlp(h, segments, real_N)
             return x_ND + y, routing
         return x_ND + self.mlp(h), None
 
@@ -117,12 +117,14 @@ class CausalLM(nn.Module):
 
     def forward_train(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, segments: Segments, mtp: bool = True,
                       detach_trunk: bool = False) -> TrainOutput:
-        """Training rows, flat: `segments` says where rows begin and end; attention is causal within a row.
+        """Training rows, flat: `segments` says where rows begin and end; attention is causal within a row. Position -1
+        marks padding, which counts in no statistic; tokens past the last segment must be padding.
 
         With `mtp` the MTP module runs too; at a row's last token it is fed the next row's first (its loss weight must
         be 0). `detach_trunk` keeps its gradient out of the trunk, the embedding included.
         """
         rope = self.rope[positions_N]
+        real = (positions_N >= 0).float()
         x = self.embed_tokens(tokens_N)
         routings: list[Routing] = []
 
@@ -130,7 +132,7 @@ class CausalLM(nn.Module):
             return attn.expanded(h, rope, segments)
 
         for block in self.layers:
-            x, routing = block(x, attend, segments)
+            x, routing = block(x, attend, segments, real)
             routings += [routing] if routing is not None else []
         hidden = self.norm(x)
         mtp_hidden = None
@@ -140,7 +142,7 @@ class CausalLM(nn.Module):
             trunk = hidden
             if detach_trunk:
                 trunk, embed = trunk.detach(), embed.detach()
-            y, routing = layer(layer.merge(trunk, embed), attend, segments)
+            y, routing = layer(layer.merge(trunk, embed), attend, segments, real)
             routings += [routing] if routing is not None else []
             mtp_hidden = layer.shared_head["norm"](y)
         load = torch.stack([r.load_E for r in routings]) if routings else None

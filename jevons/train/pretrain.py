@@ -14,6 +14,8 @@ from jevons.model import CausalLM
 from jevons.recipe import PretrainStage
 from jevons.train.objective import LossParts, Objective, load_metrics, mtp_loss, token_losses, update_router_bias
 
+ROWS = 4  # documents a segment
+
 
 def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: float) -> Iterator[Document]:
     """Endless documents `prompt + worked solution + eos`; the prompt's ids weigh `prompt_weight` as targets."""
@@ -36,7 +38,9 @@ class Pretrain(Objective):
 
     def _make(self, step: int) -> Batch:
         documents = trace_documents(self.task, self.tokenizer, f"pretrain {self.seed} {step}", self.stage.prompt_weight)
-        return pack(take_documents(documents, self.stage.batch_tokens), self.tokenizer.pad_id)
+        chosen = take_documents(documents, self.stage.batch_tokens)
+        whole = len(chosen) - len(chosen) % ROWS or len(chosen)  # full segments only: fewer distinct shapes
+        return pack(chosen[:whole], self.tokenizer.pad_id, ROWS)
 
     def next_batch(self, step: int) -> list[list[Batch]]:
         self._load = None  # a skipped update leaves none
