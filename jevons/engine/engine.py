@@ -156,12 +156,15 @@ class Engine:
     def _emit(self, sequences: list[Sequence], output: tuple[torch.Tensor, torch.Tensor]) -> list[TokenEvent]:
         events = []
         ended = []
+        damaged = []
         for sequence, token, logprob in zip(sequences, output[0].tolist(), output[1].tolist(), strict=True):
             sequence.produced += 1
             request = sequence.request
             reason = error = None
             if logprob != logprob:
-                reason, error, token = "error", "the model's logits are not finite; a weight is damaged", None
+                reason, error = "error", "the model's logits are not finite; a weight is damaged"
+                token, logprob = None, 0.0
+                damaged.append(sequence.slot)
             elif token == self.eos_id or token in request.params.stop_token_ids:
                 reason = "stop"
             elif sequence.text is not None and sequence.text.feed(token):
@@ -171,6 +174,8 @@ class Engine:
             events.append(TokenEvent(request.request_id, token, logprob, reason, error))
             if reason:
                 ended.append(sequence)
+        for slot in damaged:  # others read these cells past their own length, and 0 * NaN is NaN
+            self.cache.data[:, self._table[slot]] = 0
         for sequence in ended:
             self._remove(sequence)
         return events
