@@ -134,7 +134,8 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
     counts = asdict(count_parameters(config))
     values: dict[str, Any] = {"architecture": config.architecture, "layers": config.num_hidden_layers,
                               "hidden size": config.hidden_size, "vocabulary": config.vocab_size,
-                              "context": config.max_position_embeddings, "parameters": f"{counts['total']:,}", "of these active": f"{counts['active']:,}"}
+                              "context": config.max_position_embeddings, "parameters": f"{counts['total']:,}",
+                              "of these active": f"{counts['active']:,}"}
     if config.is_moe:
         values["experts"] = (f"{config.n_routed_experts} routed, {config.num_experts_per_tok} a token, "
                              f"{config.n_shared_experts} shared")
