@@ -43,11 +43,11 @@ class Engine:
         self._temperature = torch.ones(max_batch)
         self._top_p = torch.ones(max_batch)
         self._seed = np.zeros(max_batch, dtype=np.uint64)
-        self._cancelled: list[str] = []
+        self._events: list[TokenEvent] = []  # for the next step to hand out
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._cancelled)
+        return self.scheduler.has_work or bool(self._events)
 
     @property
     def max_len(self) -> int:
@@ -72,13 +72,12 @@ class Engine:
         sequence = self.scheduler.find(request_id)
         if sequence is not None:
             self._remove(sequence)
-            self._cancelled.append(request_id)
+            self._events.append(TokenEvent(request_id, None, finish_reason="cancelled"))
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Admit and prefill what waits, or decode one token for every running sequence."""
-        events = [TokenEvent(request_id, None, finish_reason="cancelled") for request_id in self._cancelled]
-        self._cancelled.clear()
+        events, self._events = self._events, []
         running = len(self.scheduler.running)
         if self.scheduler.waiting and running < self.scheduler.max_batch:
             events += self._prefill(self.scheduler.admit())
@@ -87,21 +86,31 @@ class Engine:
         return events
 
     def generate(self, requests: Seq[Request], on_step: Callable[[], None] | None = None) -> list[Completion]:
-        """Run requests to their ends, in any number; completions come in the requests' order. `on_step` is called before
-        every step and may raise: the engine is of no further use then."""
+        """Run requests to their ends, in any number; completions come in the requests' order.
+
+        Other requests in the engine run along; their events come with the next `step`. Where a request is refused or a
+        step fails, none of these stays behind."""
         done = {r.request_id: Completion(r.request_id, r.prompt_ids) for r in requests}
-        pending = list(reversed(requests))
-        while pending or self.has_work:
-            while pending and len(self.scheduler.waiting) < self.scheduler.max_waiting:
-                self.submit(pending.pop())
-            if on_step is not None:
-                on_step()
-            for event in self.step():
-                completion = done[event.request_id]
-                if event.token_id is not None:
-                    completion.token_ids.append(event.token_id)
-                    completion.logprobs.append(event.logprob)
-                completion.finish_reason = event.finish_reason
+        pending, unfinished, others = list(reversed(requests)), set(done), []
+        try:
+            while unfinished:
+                while pending and len(self.scheduler.waiting) < self.scheduler.max_waiting:
+                    self.submit(pending.pop())
+                for event in self.step():
+                    completion = done.get(event.request_id)
+                    if completion is None:
+                        others.append(event)
+                        continue
+                    if event.token_id is not None:
+                        completion.token_ids.append(event.token_id)
+                        completion.logprobs.append(event.logprob)
+                    completion.finish_reason = event.finish_reason
+                    if event.finish_reason:
+                        unfinished.discard(event.request_id)
+        finally:
+            for request_id in unfinished:
+                self.cancel(request_id)
+            self._events = others + [event for event in self._events if event.request_id not in done]
         return [done[r.request_id] for r in requests]
 
     # -- one call of the model ----------------------------------------------------------------------------------------
