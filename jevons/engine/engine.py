@@ -22,7 +22,7 @@ from jevons.engine.types import Completion, Request, TokenEvent
 from jevons.model import CausalLM, KVCache, build_meta
 
 PAGE = 32
-PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens
+PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 
 
 class Engine:
@@ -125,9 +125,11 @@ class Engine:
         outputs = []
         first = 0
         while first < len(sequences):  # the slots are consecutive: what was admitted follows what was running
-            end, total = first, 0
-            while end < len(sequences) and (end == first or total + len(sequences[end].request.prompt_ids) <= PREFILL_TOKENS):
-                total += len(sequences[end].request.prompt_ids)
+            end, longest = first, 0
+            while end < len(sequences):
+                longest = max(longest, len(sequences[end].request.prompt_ids))
+                if end > first and (end + 1 - first) * longest > PREFILL_TOKENS:
+                    break
                 end += 1
             outputs.append(self._run_prompts(sequences[first:end]))
             first = end
