@@ -22,6 +22,7 @@ from jevons.engine.types import Completion, Request, TokenEvent
 from jevons.model import CausalLM, KVCache, build_meta
 
 PAGE = 32
+COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 
 
@@ -62,6 +63,8 @@ class Engine:
             raise ValueError(f"a prompt id lies outside the vocabulary of {vocab}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need an engine with a tokenizer")
+        if not all(params.stop):
+            raise ValueError(f"stop {list(params.stop)} holds an empty string, which every text contains")
         sequence = self.scheduler.submit(request)
         if params.stop:
             sequence.text = StopWatcher(params.stop, self.tokenizer.decode_stream())
@@ -119,7 +122,8 @@ class Engine:
         events: list[TokenEvent] = []
         for sequence in sequences:
             params, slot = sequence.request.params, sequence.slot
-            self._temperature[slot], self._top_p[slot] = params.temperature, params.top_p
+            self._temperature[slot] = params.temperature if params.temperature > COLDEST else 0.0
+            self._top_p[slot] = params.top_p
             self._seed[slot] = params.seed % 2**64
             self._length[slot] = len(sequence.request.prompt_ids)
         outputs = []
