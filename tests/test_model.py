@@ -249,8 +249,8 @@ def test_short_attention_in_bf16():
     want = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.25)
     assert out.dtype == torch.bfloat16
     grad = torch.randn_like(want).bfloat16()
-    pairs = [(out, want), *zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, exact, grad.float()), strict=True)]
-    for got, expected in pairs:
+    gradients = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, exact, grad.float())
+    for got, expected in [(out, want), *zip(*gradients, strict=True)]:
         assert got.dtype == torch.bfloat16
         error = (got.float() - expected).abs()
         assert error.max() < 8 * 2**-8 * expected.abs().max()

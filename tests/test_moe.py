@@ -131,6 +131,31 @@ def test_balance_loss(shape):
     assert gate(x).balance_loss == 0
 
 
+def test_padding_counts_in_no_statistic():
+    """Padding within rows and past the last one: load and balance loss are those of the real tokens alone."""
+    gate, lengths = random_gate(SHAPES[0]), [3, 5, 1, 6]
+    segments, real = [(2, 5), (2, 6)], torch.zeros(26)  # 22 tokens in rows, 4 past them
+    for start, length in zip([0, 5, 10, 16], lengths, strict=True):
+        real[start : start + length] = 1
+    x = torch.randn(26, 40)
+    padded, dense = gate(x, segments, real), gate(x[real == 1], [(1, n) for n in lengths])
+    assert torch.equal(padded.load_E, dense.load_E) and padded.rows_E.sum() == 26 * 2
+    torch.testing.assert_close(padded.balance_loss, dense.balance_loss)
+    other = gate(x + torch.randn_like(x) * (1 - real[:, None]), segments, real)
+    assert torch.equal(other.load_E, padded.load_E)
+    torch.testing.assert_close(other.balance_loss, padded.balance_loss)
+
+
+def test_the_load_is_exact_under_autocast():
+    """Whole tokens, not rounded to the eight bits of bf16: the bias moves by the sign of their differences."""
+    gate, real = random_gate(SHAPES[5]), (torch.rand(3001) < 0.9).float()
+    x = torch.randn(3001, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = gate(x, None, real)
+    assert routing.load_E.dtype == torch.float32
+    assert torch.equal(routing.load_E, torch.bincount(routing.experts_NK[real == 1].flatten(), minlength=4).float())
+
+
 def test_balance_loss_of_equal_scores_is_one():
     gate = random_gate(SHAPES[2])
     with torch.no_grad():
@@ -199,9 +224,9 @@ def test_experts_and_their_gradients(n, k, allowed):
     assert all((g[idle] == 0).all() for g in got[1:3])
 
 
-@pytest.mark.parametrize("n", [1, 37])
-def test_experts_in_bf16(n):
-    bank, routing = random_bank(), random_routing(n, 2, 6)
+@pytest.mark.parametrize("n,allowed", [(1, None), (37, None), (200, None), (200, [1, 4])])  # many rows: in aligned blocks
+def test_experts_in_bf16(n, allowed):
+    bank, routing = random_bank(), random_routing(n, 2, 6, allowed)
     x = torch.randn(n, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = bank(x, routing)
@@ -211,6 +236,7 @@ def test_experts_in_bf16(n):
     assert bank.down_proj.grad.dtype == bank.gate_up_proj.grad.dtype == torch.float32
     naive = torch.autograd.grad(expected.sum(), [bank.gate_up_proj, bank.down_proj])
     for p, g in zip([bank.gate_up_proj, bank.down_proj], naive, strict=True):
+        assert (p.grad[routing.rows_E == 0] == 0).all()
         assert (p.grad - g).abs().max() < 8 * 2**-8 * g.abs().max()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from jevons.engine.sampler import keep_top_p, sample, uniform
 
+
 # A sound sampler goes past this (five and a half standard deviations and a margin) less than once in a million.
 def chi_square_bound(degrees):
     return degrees + 5.5 * math.sqrt(2 * degrees) + 12

@@ -59,7 +59,8 @@ class Gate(nn.Module):
             experts = choice.topk(c.num_experts_per_tok, dim=-1).indices
             chosen_NE = torch.zeros_like(scores).scatter_(1, experts, 1.0)
             rows = chosen_NE.sum(0).long()
-            load = rows.float() if real_N is None else real_N @ chosen_NE
+            # not a matmul: autocast would round the counts to bf16
+            load = rows.float() if real_N is None else (chosen_NE * real_N[:, None]).sum(0)
         weights = scores.gather(1, experts)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
