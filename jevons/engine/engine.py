@@ -91,14 +91,16 @@ class Engine:
     def generate(self, requests: Seq[Request], on_step: Callable[[], None] | None = None) -> list[Completion]:
         """Run requests to their ends, in any number; completions come in the requests' order.
 
-        Other requests in the engine run along; their events come with the next `step`. Where a request is refused or a
-        step fails, none of these stays behind."""
+        Other requests in the engine run along; their events come with the next `step`. Where a request is refused, a
+        step fails or `on_step`, called before each, raises, none of these stays behind."""
         done = {r.request_id: Completion(r.request_id, r.prompt_ids) for r in requests}
         pending, unfinished, others = list(reversed(requests)), set(done), []
         try:
             while unfinished:
                 while pending and len(self.scheduler.waiting) < self.scheduler.max_waiting:
                     self.submit(pending.pop())
+                if on_step is not None:
+                    on_step()
                 for event in self.step():
                     completion = done.get(event.request_id)
                     if completion is None:

@@ -35,6 +35,7 @@ class Watch:
 
     def on_stage(self, name: str, done: int, budget: int) -> None:
         self._name = name
+        self.bar.start()
         self._task = self.bar.add_task(name, total=budget, completed=done, numbers="")
         self._say(done, budget)
 
@@ -110,10 +111,13 @@ def _run(recipe: Any, text: str, out: Path, console: Console, stop: StopSignal, 
     watch = Watch(console, stop, beside)
     job = Run(recipe, text, out, watch, runtime)
     try:
-        with watch.bar:
+        try:
             return job.execute(only_stage)
+        finally:
+            if watch.bar.tasks:  # begun by the first stage: a run that is refused leaves no blank line
+                watch.bar.stop()
     except Interrupted as reason:
-        console.print(f"{reason}. The same command goes on from there.")
+        console.print(f"{reason}. The same command goes on from there.", soft_wrap=True, markup=False)
         return None
 
 
