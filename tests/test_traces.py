@@ -13,7 +13,7 @@ from jevons.tasks import traces
 from jevons.tasks.countdown import Countdown
 
 SUM = re.compile(r"(?<![0-9+\-*/()])([0-9+\-*/()]+)=([0-9]+)")
-LINE = re.compile(r"(last|maybe) ([0-9]+): need ([0-9,]+)\. (.*) (yes|no)")
+LINE = re.compile(r"(last|maybe) ([0-9]+): ([^.]+)\. (.*) (yes|no)")
 FIRST_WORD = {"planner": ("last", "take"), "hasty": ("maybe",), "wanderer": ("try",)}
 
 
@@ -31,7 +31,7 @@ def draw(author, numbers, rng):
 
 def check_line(match, target):
     """One line of search against its own meaning: needs that work, results that are or are not among them."""
-    last, needs = int(match[2]), [int(n) for n in match[3].split(",")]
+    last, needs = int(match[2]), [int(step.split("=")[-1]) for step in match[3].split()]
     ways = [abs(target - last), target + last]
     ways += [target // last] if target % last == 0 else []
     ways += [last // target] if last % target == 0 else []
@@ -59,14 +59,16 @@ def test_all_arithmetic_and_every_verdict_is_right(author, numbers, seed):
             check_line(match, target)
         elif line.startswith("try "):
             for attempt in line[4:].split(", "):
-                value, verdict = re.fullmatch(r".*=([0-9]+) (yes|no)", attempt).groups()
+                value, verdict = re.fullmatch(r".*=([0-9]+) (yes|no)", attempt).groups()  # of the last step
                 assert (verdict == "yes") == (int(value) == target)
         elif taken := re.fullmatch(r"(?:maybe )?take .*=([0-9]+): ([0-9,]+)", line):
             assert taken[1] in taken[2].split(",")
         else:
-            word, claimed = re.fullmatch(r"(so|guess|closest) (.*)", line).groups()
-            assert word != "so" or claimed.endswith(f"={target}")
-            assert claimed.split("=")[0] == answer, "the answer is the last line's expression"
+            word, claimed = re.fullmatch(r"(so|guess) (.*)", line).groups()
+            value = int(claimed.split("=")[-1])
+            assert exact(answer) == value, "the answer is what the last line made"
+            assert word != "so" or claimed == f"{answer}={target}"
+    assert all(int(product) <= traces.LARGEST for product in re.findall(r"\*[0-9]+=([0-9]+)", thought))
     assert sorted(map(int, re.findall("[0-9]+", answer))) == sorted(problem.data["numbers"]), text
     reward = task.score(problem, text)
     assert reward.parts == {"correct": float(exact(answer) == target), "format": 1.0}
@@ -116,7 +118,7 @@ def test_authors_differ_in_how_often_they_are_right():
         rate[author] = sum(task.score(p, task.trace(p, rng)).correct for p in problems) / 400
     assert 0.92 < rate["planner"] < 1.0
     assert 0.5 < rate["hasty"] < 0.85
-    assert 0.12 < rate["wanderer"] < 0.45
+    assert 0.08 < rate["wanderer"] < 0.4
 
 
 def test_four_numbers_are_mostly_solved_within_the_budget():

@@ -15,11 +15,11 @@ from itertools import combinations, islice
 from jevons.chat import END_THINK
 from jevons.tasks.expression import Tree, write
 
-AUTHORS = {"planner": 0.4, "hasty": 0.3, "wanderer": 0.3}
+AUTHORS = {"planner": 0.36, "hasty": 0.44, "wanderer": 0.2}
 TAKES = 6  # first steps that a planner tries with four or more numbers
-WANDERINGS = 5  # mean number of expressions that a wanderer tries
-MAX_WANDERINGS = 12
-LARGEST = 999  # results of random expressions beyond this are sums that help nobody
+WANDERINGS = 3  # mean number of expressions that a wanderer tries
+MAX_WANDERINGS = 8
+LARGEST = 150  # products beyond this are the hardest sums, and no target under 100 needs them
 
 Piece = tuple[int, Tree]  # a number on the table and how it was made
 
@@ -45,7 +45,8 @@ def check_authors(authors: dict[str, float]) -> dict[str, float]:
 
 
 def _combine(x: Piece, y: Piece) -> Iterator[tuple[str, Piece]]:
-    """Results of two numbers in the order that they are tried: x+y, larger-smaller, x*y, larger/smaller if it divides.
+    """Results of two numbers in the order that they are tried: x+y, larger-smaller, x*y unless that is
+    past LARGEST, larger/smaller if it divides.
 
     Yields the step as text (`7-3=4`) and the piece it makes.
     """
@@ -53,39 +54,43 @@ def _combine(x: Piece, y: Piece) -> Iterator[tuple[str, Piece]]:
     yield f"{a}+{b}={a + b}", (a + b, ("+", p, q))
     (c, r), (d, s) = (x, y) if a >= b else (y, x)
     yield f"{c}-{d}={c - d}", (c - d, ("-", r, s))
-    yield f"{a}*{b}={a * b}", (a * b, ("*", p, q))
+    if a * b <= LARGEST:
+        yield f"{a}*{b}={a * b}", (a * b, ("*", p, q))
     if d and c % d == 0:
         yield f"{c}/{d}={c // d}", (c // d, ("/", r, s))
 
 
-def _needs(target: int, last: int, brief: bool) -> dict[int, str]:
-    """What the other numbers must make so that `last` finishes the sum, and how: `p` is theirs, `c` is the last one.
+def _needs(target: int, last: int, brief: bool) -> dict[int, tuple[str, str]]:
+    """What the other numbers must make so that `last` finishes the sum: the sum that says so, and how it finishes (`p` is
+    theirs, `c` is the last one).
 
     Always in the order |t-c|, t+c, then t/c and c/t where they divide. `brief` stops after t+c. What only a division at
     the very end reaches is not looked for (3.6 % of problems with three numbers): t*c is the hardest sum of all to
     learn, and the rarest to help.
     """
-    needs = {abs(target - last): "p+c" if target >= last else "c-p"}
-    needs.setdefault(target + last, "p-c")
-    if not brief and last:
-        if target % last == 0:
-            needs.setdefault(target // last, "p*c")
-        if target and last % target == 0:
-            needs.setdefault(last // target, "c/p")
+    high, low = max(target, last), min(target, last)
+    needs = {high - low: (f"{high}-{low}={high - low}", "p+c" if target >= last else "c-p")}
+    needs.setdefault(target + last, (f"{target}+{last}={target + last}", "p-c"))
+    if not brief and low and high % low == 0:
+        needs.setdefault(high // low, (f"{high}/{low}={high // low}", "p*c" if target >= last else "c/p"))
     return needs
 
 
 def _line(word: str, table: list[Piece], last: int, target: int, brief: bool, pairs: int) -> tuple[str, Tree | None]:
-    """One line of search: put the number at `last` aside and try at most `pairs` results of the other one or two."""
+    """One line of search: put the number at `last` aside and try at most `pairs` results of the other one or two.
+
+    Every sum is written out with both its operands: what stands beside a result is all that is needed to know it, and
+    the same few hundred sums come up in every thought.
+    """
     value, tree = table[last]
     rest = table[:last] + table[last + 1 :]
     needs = _needs(target, value, brief)
-    text = f"{word} {value}: need {','.join(map(str, needs))}."
+    text = f"{word} {value}: {' '.join(sum_ for sum_, _ in needs.values())}."
     steps = list(_combine(*rest))[:pairs] if len(rest) == 2 else [(str(rest[0][0]), rest[0])]
     for step, (result, made) in steps:
         text += f" {step}"
         if result in needs:
-            left, operator, right = needs[result]
+            left, operator, right = needs[result][1]
             return text + " yes\n", (operator, made, tree) if left == "p" else (operator, tree, made)
     return text + " no\n", None
 
@@ -148,46 +153,45 @@ def _hasty(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tr
 
 
 def _wanderer(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
-    """Whole expressions at random, a geometric number of them; without a hit the closest one is the answer."""
+    """All numbers combined at random, step by step, a geometric number of times; without a hit the closest is the answer."""
     tries = 1
     while tries < MAX_WANDERINGS and rng.random() > 1 / WANDERINGS:
         tries += 1
     texts: list[str] = []
     best: Piece | None = None
     for _ in range(tries):
-        value, tree = _random_expression(table, rng)
-        text = f"{write(tree)}={value}"
-        if f"{text} no" in texts:
+        steps, (value, tree) = _random_steps(table, rng)
+        if f"{steps} no" in texts:
             continue
         if value == target:
-            return f"try {', '.join([*texts, f'{text} yes'])}\n", tree
-        texts.append(f"{text} no")
+            return f"try {', '.join([*texts, f'{steps} yes'])}\n", tree
+        texts.append(f"{steps} no")
         if best is None or abs(value - target) < abs(best[0] - target):
             best = (value, tree)
-    return f"try {', '.join(texts)}\nclosest {write(best[1])}={best[0]}\n", best[1]
+    return f"try {', '.join(texts)}\n", best[1]
 
 
 def _guess(table: list[Piece], rng: random.Random) -> tuple[str, Tree]:
-    value, tree = _random_expression(table, rng)
-    return f"guess {write(tree)}={value}\n", tree
+    steps, (_, tree) = _random_steps(table, rng)
+    return f"guess {steps}\n", tree
 
 
-def _random_expression(table: list[Piece], rng: random.Random) -> Piece:
-    """All numbers of the table combined in random order; every intermediate is an integer from 0 to about LARGEST."""
+def _random_steps(table: list[Piece], rng: random.Random) -> tuple[str, Piece]:
+    """All numbers of the table combined in random order: the steps as text, and the piece; every result is an integer from
+    0 to about LARGEST."""
     table = rng.sample(table, len(table))
+    texts = []
     while len(table) > 1:
         x, y, *rest = table
-        made = rng.choice([m for _, m in _combine(x, y) if m[0] <= LARGEST] or [_smallest(x, y)])
+        steps = list(_combine(x, y))
+        text, made = rng.choice([s for s in steps if s[1][0] <= LARGEST] or steps[1:2])  # a difference is never larger
+        texts.append(text)
         table = [made, *rest]
         if len(table) > 2:
             rng.shuffle(table)
-    return table[0]
-
-
-def _smallest(x: Piece, y: Piece) -> Piece:
-    return min((made for _, made in _combine(x, y)), key=lambda made: made[0])
+    return " ".join(texts), table[0]
 
 
 def random_target(numbers: Sequence[int], rng: random.Random) -> int:
     """What a random expression over all of `numbers` is worth: a reachable integer >= 0, without solving anything."""
-    return _random_expression([(n, n) for n in numbers], rng)[0]
+    return _random_steps([(n, n) for n in numbers], rng)[1][0]
