@@ -10,7 +10,14 @@ from nets import lively, nano, qwen2, random_ids
 from jevons.data.packing import pack
 from jevons.recipe import OptimizerTable
 from jevons.train.objective import mtp_loss, token_losses
-from jevons.train.optim import Muon, build_optimizers, load_optimizer_tensors, lr_factor, optimizer_tensors, orthogonalise
+from jevons.train.optim import (
+    Muon,
+    build_optimizers,
+    load_optimizer_tensors,
+    lr_factor,
+    optimizer_tensors,
+    orthogonalise,
+)
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (40, 16), (1, 12), (12, 1)]
 
