@@ -19,7 +19,8 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
 # The same prompt as `render_prompt`, for programs that read `chat_template` from tokenizer_config.json.
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(system='') -%}"
-    "{%- for m in messages -%}{%- if m.role == 'system' -%}{%- set ns.system = ns.system + m.content -%}{%- endif -%}{%- endfor -%}"
+    "{%- for m in messages -%}{%- if m.role == 'system' -%}"
+    "{%- set ns.system = ns.system + m.content -%}{%- endif -%}{%- endfor -%}"
     "{{- bos_token + ns.system -}}"
     "{%- for m in messages -%}"
     "{%- if m.role == 'user' -%}{{- '<｜User｜>' + m.content -}}"

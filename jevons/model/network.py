@@ -29,7 +29,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing | None]:
+    def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None,
+                ) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
         x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND))
         h = self.post_attention_layernorm(x_ND)
