@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from runs import RECIPE, SAVE_EVERY, Command, digest, jevons, last_step, metrics, timeless, write_recipe
 
 WEIGHTS = "final/model.safetensors"
@@ -160,7 +159,8 @@ def test_stopped_twice_it_ends_at_once(tmp_path, whole):
     recipe, reference = whole
     out = tmp_path / "out"
     begun = {"tokenizer": out / "recipe.toml"} | {s: out / d / "begin.json" for s, d in STAGES.items()}
-    for stage, patch in {"tokenizer": stuck_tokenizer, "pretrain": stuck_pretrain, "grpo": stuck_grpo, "eval": stuck_eval}.items():
+    patches = {"tokenizer": stuck_tokenizer, "pretrain": stuck_pretrain, "grpo": stuck_grpo, "eval": stuck_eval}
+    for stage, patch in patches.items():
         command = Command("run", recipe, "--out", out, log=tmp_path / "log", patch=patch)
         assert command.wait_for(begun[stage].exists), command.text
         number = random.choice((signal.SIGINT, signal.SIGTERM))
