@@ -9,7 +9,7 @@ import pytest
 import torch
 from nets import lively
 from own_tasks import Even, Traced
-from runs import metrics, timeless
+from whole_runs import metrics, timeless
 
 from jevons.config import preset
 from jevons.data.tokenizer import train_tokenizer

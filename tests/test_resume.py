@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import RECIPE, SAVE_EVERY, Command, digest, jevons, last_step, metrics, timeless, write_recipe
+from whole_runs import RECIPE, SAVE_EVERY, Command, digest, jevons, last_step, metrics, timeless, write_recipe
 
 WEIGHTS = "final/model.safetensors"
 STAGES = {"pretrain": "stages/00-pretrain", "grpo": "stages/01-grpo", "eval": "stages/02-eval"}
