@@ -50,6 +50,16 @@ def test_noise_is_a_function_of_seed_and_position():
     assert noise([2**64 - 1], [3])[0] != noise([0], [3])[0]
 
 
+def test_noise_is_splitmix_of_both():
+    """Spelt out in whole numbers: whoever keeps a seed keeps the text, in later versions too."""
+    for _ in range(30):
+        seed, position = random.randrange(2**64), random.randrange(2**20)
+        z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        assert noise([seed], [position])[0] == ((z ^ z >> 31) >> 11) / 2**53
+
+
 def test_tokens_come_as_often_as_softmax_says():
     vocab, draws = random.randint(5, 12), 30000
     logits, temperature = torch.randn(vocab) * 1.5, random.uniform(0.4, 2.0)

@@ -108,6 +108,12 @@ def test_a_full_queue_says_so_and_keeps_what_it_has():
     scheduler.submit(Request([0]))
 
 
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (1, 1, 8), (1, 8, 0)])
+def test_sizes_that_could_never_run_a_request(sizes):
+    with pytest.raises(ValueError, match="at least"):
+        Scheduler(*sizes)
+
+
 class Pieces:
     """A decode stream whose ids are pieces of text; None stands for an unfinished character."""
 
