@@ -40,7 +40,7 @@ class StopWatcher:
 class Scheduler:
     def __init__(self, max_batch: int, max_len: int, max_waiting: int):
         if min(max_batch, max_len - 1, max_waiting) < 1:
-            raise ValueError(f"max_batch {max_batch} and max_waiting {max_waiting} must be at least 1, max_len {max_len} at least 2")
+            raise ValueError(f"max_batch {max_batch}, max_waiting {max_waiting}: at least 1 each; max_len {max_len}: at least 2")
         self.max_batch, self.max_len, self.max_waiting = max_batch, max_len, max_waiting
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # running[i].slot == i
