@@ -28,6 +28,7 @@ steps = 2
 problems = 3
 group_size = 4
 max_tokens = 8
+mask_truncated = false
 [[stages]]
 kind = "eval"
 n = 5
