@@ -255,7 +255,6 @@ def test_the_pretraining_loss_is_the_sum_of_its_parts(tokenizer):
     assert len(metrics["expert_load"]) == 2 and metrics["loss"] == sums["loss"]
 
 
-@pytest.mark.xfail(raises=ValueError, reason="update_router_bias asks for a load of every router")
 def test_pretraining_without_mtp_loss(tokenizer):
     objective = pretrain_of(tokenizer, 1, mtp_weight=0.0)
     ((batch,),) = objective.next_batch(0)

@@ -80,7 +80,7 @@ def update_router_bias(model: CausalLM, load_RE: torch.Tensor, speed: float) -> 
     """b -= speed where an expert got more than the mean load, += where less: every router, the MTP one included."""
     if speed == 0:
         return
-    for gate, load in zip(model.routers(), load_RE, strict=True):
+    for gate, load in zip(model.routers(), load_RE, strict=False):  # the MTP router comes last, and may not have run
         gate.e_score_correction_bias += speed * torch.sign(load.mean() - load)
 
 

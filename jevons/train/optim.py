@@ -91,7 +91,7 @@ def lr_factor(step: int, steps: int, table: OptimizerTable) -> float:
         return (step + 1) / table.warmup_steps
     if table.schedule == "constant":
         return 1.0
-    progress = (step - table.warmup_steps) / max(1, steps - table.warmup_steps)
+    progress = min(1.0, (step - table.warmup_steps) / max(1, steps - table.warmup_steps))
     shape = 1 - progress if table.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return table.final_lr_fraction + (1 - table.final_lr_fraction) * shape
 
