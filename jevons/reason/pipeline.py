@@ -256,7 +256,7 @@ class Run:
     def taught(self) -> str:
         """One line for people: what the model learns here."""
         describe: Callable[[], str] | None = getattr(self.task, "describe", None)
-        return describe() if describe else self.recipe.description or f"the task {self.recipe.task.name}"
+        return describe() if describe else self.recipe.description or f"the task {self.task.name}"
 
     def _provenance(self, index: int, numbers: dict[str, Any]) -> dict[str, Any]:
         return {"jevons": __version__, "recipe": self.recipe.name, "recipe_text": self.text, "seed": self.recipe.seed,

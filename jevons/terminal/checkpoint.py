@@ -79,7 +79,8 @@ def chat_with(checkpoint: Path, temperature: float, max_tokens: int) -> None:
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
                     max_len=loaded.config.max_position_embeddings)
-    console.print(f"[dim]{loaded.provenance.get('taught') or loaded.config.architecture}. Ctrl-D ends the chat.[/]")
+    taught = loaded.provenance.get("taught") or loaded.config.architecture
+    console.print(f"{taught}. Ctrl-D ends the chat.", style="dim", markup=False, soft_wrap=True)
     seed = 0
     while True:
         try:
