@@ -15,7 +15,7 @@ from itertools import combinations, islice
 from jevons.chat import END_THINK
 from jevons.tasks.expression import Tree, write
 
-AUTHORS = {"planner": 0.36, "hasty": 0.44, "wanderer": 0.2}
+AUTHORS = {"planner": 0.5, "hasty": 0.3, "wanderer": 0.2}
 TAKES = 6  # first steps that a planner tries with four or more numbers
 WANDERINGS = 3  # mean number of expressions that a wanderer tries
 MAX_WANDERINGS = 8
