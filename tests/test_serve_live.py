@@ -299,11 +299,16 @@ def test_cancel_waiting_and_running():
     assert host.pump() == 0 and engine.cancelled == [running.request.request_id] and len(engine.seen) == 1
 
 
-def test_stop_ends_everything():
+@pytest.mark.parametrize("by_signal", [False, True])
+def test_stop_ends_everything(by_signal):
     host, _ = make_host()
     owner = threading.Thread(target=host.run_forever)
     stream = host.submit(Request([1]))
-    host.stop()
+    if by_signal:
+        with host._wake:  # what a signal handler may interrupt
+            host.ask_to_stop()
+    else:
+        host.stop()
     owner.start()
     owner.join(5)
     assert not owner.is_alive()

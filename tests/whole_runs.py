@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -60,6 +62,7 @@ def _child(argv: list[str], log: Path, patch: Callable[[], None] | None) -> None
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    faulthandler.register(signal.SIGUSR1, file=2)
     if patch is not None:
         patch()
     sys.argv = ["jevons", *argv]
@@ -95,8 +98,10 @@ class Command:
 
     def end(self) -> int:
         """The exit code, once there is one."""
-        self.process.join(120)
+        self.process.join(60)
         if self.process.exitcode is None:
+            self.send(signal.SIGUSR1)  # where is it?
+            self.process.join(1)
             self.process.kill()
             pytest.fail(f"the command did not end; it said:\n{self.text}")
         return self.process.exitcode

@@ -189,17 +189,24 @@ class EngineHost:
         return steps
 
     def run_forever(self) -> None:
-        """Pump, and sleep while there is nothing to do, until `stop` is called from another thread or a signal handler."""
+        """Pump, and sleep while there is nothing to do, until `stop` is called from another thread, or `ask_to_stop`."""
         while not self._stopped:
             self.pump()
             with self._wake:
                 if self._engine is not None and self._engine.has_work:  # only after a step that failed
                     self._wake.wait(0.1)
+                # not for ever: a signal that comes right before the wait would be handled only after it
                 self._wake.wait_for(lambda: self._stopped or self._engine is not None and (
-                    self._inbox or self._cancels or self._engine.has_work))
+                    self._inbox or self._cancels or self._engine.has_work), timeout=0.5)
+        self.stop()
+
+    def ask_to_stop(self) -> None:
+        """`stop`, done by the owner within half a second. Takes no lock, so that a signal handler may call it, whatever
+        the thread that it interrupts is holding."""
+        self._stopped = True
 
     def stop(self) -> None:
-        """End every open request with Unavailable and let `run_forever` return. Any thread; for good."""
+        """End every open request with Unavailable and let `run_forever` return. Any thread, no signal handler; for good."""
         with self._wake:
             self._stopped = True
             gone = list(self._streams.values())

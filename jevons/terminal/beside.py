@@ -70,7 +70,7 @@ class Beside:
 
     def run_forever(self, stop: StopSignal) -> None:
         """Serve until Ctrl-C."""
-        stop.notice, stop.on_stop = "stopping; once more to stop at once", self.host.stop
+        stop.notice, stop.on_stop = "stopping; once more to stop at once", self.host.ask_to_stop
         try:
             if not stop.asked:
                 self.host.run_forever()
