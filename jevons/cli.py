@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -111,6 +112,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 
 def main() -> None:
     """Errors that a person can mend are one line on stderr; anything else is a bug and shows its trace."""
+    # Read when torch loads its OpenMP: threads that wait for each other give the core away after a short spin. Spinning on,
+    # one busy program beside a run made its steps twenty times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except (ValueError, OSError) as error:  # every error class of bad input derives from one of these
