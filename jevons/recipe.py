@@ -133,7 +133,7 @@ class GRPOStage(StageTable):
 
 
 class EvalStage(StageTable):
-    """Greedy accuracy on held-out problems, of the checkpoint before and of every stage named in `compare`."""
+    """Greedy accuracy on held-out problems: of every checkpoint the stages before left, and of `[model] from`."""
 
     kind: Literal["eval"]
     n: int = Field(1000, ge=1)

@@ -67,7 +67,6 @@ class Run:
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
-        self.results: list[dict[str, Any]] = []
 
     def execute(self, only_stage: str | None = None) -> Path:
         """Run every stage that is not complete (or just `only_stage`); returns the directory of the last checkpoint.

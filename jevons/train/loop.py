@@ -95,7 +95,8 @@ class Loop:
         return self.progress
 
     def _step(self) -> StepResult:
-        result = StepResult()
+        table = self.settings.optimizer
+        result = StepResult(lr=table.lr * lr_factor(self.progress.step, self.objective.steps, table))
         for update in self.objective.next_batch(self.progress.step):
             load: torch.Tensor | None = None
             for micro in update:
@@ -128,7 +129,6 @@ class Loop:
             self.progress.bad_in_a_row += 1
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        result.lr = self.settings.optimizer.lr * factor
         if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
             raise TrainingDiverged(f"{MAX_BAD_STEPS} updates in a row had no finite gradient (stage {self.settings.stage}, step "
                                    f"{self.progress.step}); the last good state is kept. A lower learning rate would help")
