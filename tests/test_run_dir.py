@@ -79,7 +79,7 @@ def lines(path):
 
 def test_metrics_go_back_to_a_noted_position(tmp_path):
     path, rng = tmp_path / "metrics.jsonl", random.Random()
-    records = [{"step": i, "loss": rng.random(), "text": "é\n" * rng.randrange(3)} for i in range(20)]
+    records = [{"step": i, "loss": rng.random(), "text": "é\n\x85\u2028\u2029" * rng.randrange(3)} for i in range(20)]
     keep = rng.randrange(1, 20)
     with MetricsLog(path) as log:
         for record in records[:keep]:

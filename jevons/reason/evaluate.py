@@ -95,7 +95,7 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, n: int = 1000, s
         lengths.append(len(ids))
         thinking.append(ids.index(end) if end in ids else len(ids))
         lines.append(json.dumps({"key": problem.key, "prompt": problem.prompt, "data": problem.data, "completion": text,
-                                 "correct": scores[-1], "finish_reason": completion.finish_reason}, ensure_ascii=False))
+                                 "correct": scores[-1], "finish_reason": completion.finish_reason}))
     if dump is not None:
         write_text(dump, "\n".join(lines) + "\n")
     shares = [sum(scores[i : i + samples]) / samples for i in range(0, len(scores), samples)]

@@ -63,6 +63,8 @@ class RunDir:
                 file.seek(0)
                 pid = file.read().strip() or "unknown"
                 raise RunDirError(f"{self.path} is in use by process {pid}; end it, or give another --out") from None
+            for leftover in [*self.path.glob("*.tmp-*"), *self.path.glob("stages/*/*.tmp-*")]:  # of a killed process
+                leftover.unlink()
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -106,7 +108,8 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line. Numbers that JSON cannot hold become null. Raises StoreError when the disk refuses."""
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        # ASCII: a model may write U+2028 or U+0085, which end a line for many readers
+        line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
