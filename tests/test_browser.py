@@ -54,6 +54,7 @@ $$\\sum_{k=1}^{n} k = \\frac{n(n+1)}{2}$$
 def fake_app(metrics: Path | None, delay: float = 0.02, training: str | None = None) -> FastAPI:
     """Questions steer it: "busy" is refused, "break" dies mid-stream, "wait" waits, "long" thinks long, "rich" has Markdown."""
     app = FastAPI()
+    app.state.delay = delay
     app.state.bodies, app.state.busy, app.state.training = [], True, training
     info = PageInfo(lambda: "countdown-laptop", lambda: TAUGHT, lambda: EXAMPLES, 0.10, lambda: app.state.training)
     add_pages(app, info, metrics)
@@ -71,7 +72,7 @@ def fake_app(metrics: Path | None, delay: float = 0.02, training: str | None = N
                 "code": "overloaded",
             }
             return JSONResponse({"error": error}, 503, headers={"Retry-After": "2"})
-        return StreamingResponse(stream(question, delay), media_type="text/event-stream")
+        return StreamingResponse(stream(question, app.state.delay), media_type="text/event-stream")
 
     return app
 
@@ -202,6 +203,7 @@ def finished(turn):
 
 
 def test_a_question_from_the_examples(site):
+    site.app.state.delay = 0.05  # the open thought must be there long enough to be seen on a busy machine
     page = site.open()
     page.locator(".example").first.wait_for()
     assert page.locator(".taught").inner_text() == TAUGHT
