@@ -9,6 +9,7 @@ from hypothesis import settings
 settings.register_profile("jevons", deadline=None)  # shared, noisy machines: no test is timed
 settings.load_profile("jevons")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see jevons/cli.py
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
