@@ -89,6 +89,7 @@ class PretrainStage(StageTable):
     kind: Literal["pretrain"]
     tokens: int = Field(gt=0)
     batch_tokens: int = Field(8192, gt=0)
+    micro_batch_tokens: int | None = Field(None, gt=0, description="computed at once; on CPU each core takes one")
     prompt_weight: float = Field(0.1, ge=0, le=1)
     mtp_weight: float = Field(0.3, ge=0)
     bias_update_speed: float = Field(0.001, ge=0)

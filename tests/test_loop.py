@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import threading
 
 import pytest
 import torch
@@ -226,6 +227,28 @@ def test_micro_batches_add_up_to_one_update(tmp_path):
     for one, other in zip(apart[:3], joined[:3], strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
         assert one["tokens"] == other["tokens"]
+
+
+def test_micro_batches_on_two_cores_give_the_same_bits(tmp_path):
+    before, states = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = model_of()
+            seen = set()
+
+            class Watched(Noise):
+                def loss(self, micro, seen=seen):
+                    seen.add(threading.current_thread())
+                    return super().loss(micro)
+
+            run(tmp_path / str(threads), model, Watched(model))
+            assert (threading.main_thread() in seen) == (threads == 1)
+            assert torch.get_num_threads() == threads
+            states.append(model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_gradients_are_clipped_to_the_norm_they_are_given(tmp_path):

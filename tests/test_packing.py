@@ -221,7 +221,23 @@ def test_a_pretraining_batch_is_a_function_of_seed_and_step(tokenizer):
     assert not torch.equal(other.next_batch(0)[0][0].tokens_N, in_order[0])
     assert first.steps == 10
     for batch in (first.next_batch(s)[0][0] for s in range(3)):
-        assert 0 < batch.tokens <= 500
+        assert 300 < batch.tokens < 700
+
+
+def test_micro_batches_share_a_batch(tokenizer):
+    """Their losses, weighed by their shares, are the mean over all of their tokens."""
+    objective = pretrain_of(tokenizer, random.randrange(10**9), batch_tokens=1000, micro_batch_tokens=400, mtp_weight=0.0)
+    (batches,) = objective.next_batch(0)
+    assert len(batches) == 2 and sum(b.share for b in batches) == pytest.approx(1)
+    assert 700 < sum(b.tokens for b in batches) < 1300
+    parts = [objective.loss(b) for b in batches]
+    losses = [token_losses(objective.model, objective.model.forward_train(b.tokens_N, b.positions_N, b.segments).hidden_ND,
+                           b.targets_N, b.weights_N) for b in batches]
+    mean = sum(loss.item() for loss in losses) / sum(b.weights_N.sum().item() for b in batches)
+    assert sum(p.sums["loss"] for p in parts) == pytest.approx(mean, rel=1e-5)
+    alpha = objective.model.config.aux_loss_alpha
+    balance = sum(p.sums["balance_loss"] for p in parts)
+    assert sum(p.loss.item() for p in parts) == pytest.approx(mean + alpha * balance, rel=1e-5)
 
 
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.25])

@@ -29,6 +29,7 @@ class Batch:
     segments: list[tuple[int, int]]
     order: list[int]
     tokens: int  # without padding
+    share: float = 1.0  # of its update's weights
 
 
 # Shapes are rounded up so that few distinct ones occur: oneDNN compiles a kernel for every new bf16 shape it meets,
@@ -86,15 +87,15 @@ def take_documents(documents: Iterator[Document], tokens: int) -> list[Document]
 class Prefetcher:
     """Computes `make(step + 1)` in a thread while step trains. Only the order of computing changes, never a number."""
 
-    def __init__(self, make: Callable[[int], Batch]):
+    def __init__(self, make: Callable[[int], list[Batch]]):
         self._make = make
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
 
-    def get(self, step: int) -> Batch:
-        batch = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._make(step)
+    def get(self, step: int) -> list[Batch]:
+        batches = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._make(step)
         self._ahead = (step + 1, self._pool.submit(self._make, step + 1))
-        return batch
+        return batches
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

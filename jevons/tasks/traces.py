@@ -1,9 +1,14 @@
 """Worked Countdown thoughts of mixed quality, with backtracking, for a model that starts from nothing.
 
-Each thought has a hidden author. The planner searches completely and says which number it uses last; the hasty one
-looks at a part of that and guesses; the wanderer tries whole expressions at random. All three do their arithmetic
-right. Their first words differ, so reinforcement learning has something to choose between. Texts are compact
-(`3*7=21`, no spaces) because a space before a digit is a token of its own.
+A thought puts one number aside to be used last, and tries what the others make, each time finished with that last one:
+
+    last 7:3+19=22+7=29;19-3=16+7=23;3*19=57-7=50; no
+    last 3:7+19=26+3=29;19-7=12+3=15;7*19=133-3=130; no
+    last 19:7+3=10+19=29;7-3=4+19=23;7*3=21+19=40; yes
+
+Two hidden authors search alike and do their arithmetic right. The planner goes on to the end; the hasty one gives up
+after one line and guesses. Which one to be is what reinforcement learning can find out. Texts are compact because a
+space before a digit is a token of its own, and `;` stands by itself because the verdict needs the whole number before it.
 """
 
 from __future__ import annotations
@@ -15,10 +20,8 @@ from itertools import combinations, islice
 from jevons.chat import END_THINK
 from jevons.tasks.expression import Tree, write
 
-AUTHORS = {"planner": 0.5, "hasty": 0.3, "wanderer": 0.2}
+AUTHORS = {"planner": 0.4, "hasty": 0.6}
 TAKES = 6  # first steps that a planner tries with four or more numbers
-WANDERINGS = 3  # mean number of expressions that a wanderer tries
-MAX_WANDERINGS = 8
 LARGEST = 150  # products beyond this are the hardest sums, and no target under 100 needs them
 
 Piece = tuple[int, Tree]  # a number on the table and how it was made
@@ -27,8 +30,7 @@ Piece = tuple[int, Tree]  # a number on the table and how it was made
 def write_trace(numbers: Sequence[int], target: int, rng: random.Random, authors: dict[str, float]) -> str:
     """`thought</think>\\nanswer`. The answer uses every number once, and is wrong where the author found nothing."""
     name = rng.choices(list(authors), list(authors.values()))[0]
-    author = {"planner": _planner, "hasty": _hasty, "wanderer": _wanderer}[name]
-    thought, answer = author([(n, n) for n in numbers], target, rng)
+    thought, answer = _search([(n, n) for n in numbers], target, rng, patience=1 if name == "hasty" else 10**9)
     return f"{thought}{END_THINK}\n{write(answer)}"
 
 
@@ -60,45 +62,48 @@ def _combine(x: Piece, y: Piece) -> Iterator[tuple[str, Piece]]:
         yield f"{c}/{d}={c // d}", (c // d, ("/", r, s))
 
 
-def _needs(target: int, last: int, brief: bool) -> dict[int, tuple[str, str]]:
-    """What the other numbers must make so that `last` finishes the sum: the sum that says so, and how it finishes (`p` is
-    theirs, `c` is the last one).
+def _finishes(made: Piece, last: Piece, target: int) -> Iterator[tuple[str, Piece]]:
+    """How `last` may finish what the others made, in the order tried: only what can be the target by its size, and
+    products only where `last` divides the target."""
+    (r, p), (c, q) = made, last
+    if r < target:
+        yield f"{r}+{c}={r + c}", (r + c, ("+", p, q))
+    elif r > target and r >= c:
+        yield f"{r}-{c}={r - c}", (r - c, ("-", p, q))
+    if c > target and c > r:
+        yield f"{c}-{r}={c - r}", (c - r, ("-", q, p))
+    if (c > 1 or r == target) and target % c == 0 and r * c <= LARGEST:
+        yield f"{r}*{c}={r * c}", (r * c, ("*", p, q))
+    if r > target and c > 1 and r % c == 0:
+        yield f"{r}/{c}={r // c}", (r // c, ("/", p, q))
+    if c > target and r > 1 and c % r == 0:
+        yield f"{c}/{r}={c // r}", (c // r, ("/", q, p))
 
-    Always in the order |t-c|, t+c, then t/c and c/t where they divide. `brief` stops after t+c. What only a division at
-    the very end reaches is not looked for (3.6 % of problems with three numbers): t*c is the hardest sum of all to
-    learn, and the rarest to help.
+
+def _line(table: list[Piece], index: int, target: int) -> tuple[str, Tree | None]:
+    """One line of search: put the number at `index` aside and try what the other one or two make.
+
+    Nothing has to be looked up but the target: whether a finished sum is a hit stands in its last number.
     """
-    high, low = max(target, last), min(target, last)
-    needs = {high - low: (f"{high}-{low}={high - low}", "p+c" if target >= last else "c-p")}
-    needs.setdefault(target + last, (f"{target}+{last}={target + last}", "p-c"))
-    if not brief and low and high % low == 0:
-        needs.setdefault(high // low, (f"{high}/{low}={high // low}", "p*c" if target >= last else "c/p"))
-    return needs
+    last, rest = table[index], table[:index] + table[index + 1 :]
+    text = f"last {last[0]}:"
+    for step, made in _combine(*rest) if len(rest) == 2 else [(str(rest[0][0]), rest[0])]:
+        text += step
+        first = f"{made[0]}"
+        for number, (finish, (value, tree)) in enumerate(_finishes(made, last, target)):
+            if number == 0:  # goes on from the step where it begins with the step's result: 3+19=22+7=29
+                goes_on = finish[len(first)] in "+-*/" and finish.startswith(first)
+                finish = finish.removeprefix(first) if goes_on else f",{finish}"
+            text += f"{finish};"
+            if value == target:
+                return f"{text} yes\n", tree
+        text = text.removesuffix(";") + ";"
+    return f"{text} no\n", None
 
 
-def _line(word: str, table: list[Piece], last: int, target: int, brief: bool, pairs: int) -> tuple[str, Tree | None]:
-    """One line of search: put the number at `last` aside and try at most `pairs` results of the other one or two.
-
-    Every sum is written out with both its operands: what stands beside a result is all that is needed to know it, and
-    the same few hundred sums come up in every thought.
-    """
-    value, tree = table[last]
-    rest = table[:last] + table[last + 1 :]
-    needs = _needs(target, value, brief)
-    text = f"{word} {value}: {' '.join(sum_ for sum_, _ in needs.values())}."
-    steps = list(_combine(*rest))[:pairs] if len(rest) == 2 else [(str(rest[0][0]), rest[0])]
-    for step, (result, made) in steps:
-        text += f" {step}"
-        if result in needs:
-            left, operator, right = needs[result][1]
-            return text + " yes\n", (operator, made, tree) if left == "p" else (operator, tree, made)
-    return text + " no\n", None
-
-
-def _lasts(table: list[Piece], rng: random.Random) -> list[int]:
-    """Indices of the table in random order, each value once: putting an equal number aside is the same search."""
-    order = {table[i][0]: i for i in rng.sample(range(len(table)), len(table))}
-    return list(order.values())
+def _lasts(table: list[Piece]) -> list[int]:
+    """Indices of the table in order, each value once: putting an equal number aside is the same search."""
+    return list({value: i for i, (value, _) in reversed(list(enumerate(table)))}.values())[::-1]
 
 
 def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
@@ -118,8 +123,8 @@ def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[P
             yield f"take {step}: {','.join(str(value) for value, _ in left)}\n", left
 
 
-def _planner(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
-    """Complete for two and three numbers; with more, TAKES first steps, each followed by the complete search."""
+def _search(table: list[Piece], target: int, rng: random.Random, patience: int) -> tuple[str, Tree]:
+    """Up to `patience` lines; complete for two and three numbers, with more TAKES first steps, each searched completely."""
     thought = ""
     tables = [("", table)] if len(table) <= 3 else islice(_takes(table, rng), TAKES)
     for step, left in tables:
@@ -127,71 +132,25 @@ def _planner(table: list[Piece], target: int, rng: random.Random) -> tuple[str, 
         while len(left) > 3:
             step, left = next(_takes(left, rng))
             thought += step
-        for last in _lasts(left, rng):
-            text, found = _line("last", left, last, target, brief=False, pairs=4)
-            thought += text
+        for last in _lasts(left):
+            text, found = _line(left, last, target)
+            thought, patience = thought + text, patience - 1
             if found:
-                return thought + f"so {write(found)}={target}\n", found
-    text, guess = _guess(table, rng)
-    return thought + text, guess
+                return thought, found
+            if not patience:
+                return f"{thought}guess\n", _random_steps(table, rng)[1]
+    return f"{thought}guess\n", _random_steps(table, rng)[1]
 
 
-def _hasty(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
-    """One or two lines of the planner's search with something left out, then a guess."""
-    thought, left = "", table
-    while len(left) > 3:
-        step, left = next(_takes(left, rng))
-        thought += f"maybe {step}"
-    brief = rng.random() < 0.5
-    for last in _lasts(left, rng)[: rng.randint(1, 2)]:
-        text, found = _line("maybe", left, last, target, brief, pairs=4 if brief else 2)
-        thought += text
-        if found:
-            return thought + f"so {write(found)}={target}\n", found
-    text, guess = _guess(left, rng)
-    return thought + text, guess
-
-
-def _wanderer(table: list[Piece], target: int, rng: random.Random) -> tuple[str, Tree]:
-    """All numbers combined at random, step by step, a geometric number of times; without a hit the closest is the answer."""
-    tries = 1
-    while tries < MAX_WANDERINGS and rng.random() > 1 / WANDERINGS:
-        tries += 1
-    texts: list[str] = []
-    best: Piece | None = None
-    for _ in range(tries):
-        steps, (value, tree) = _random_steps(table, rng)
-        if f"{steps} no" in texts:
-            continue
-        if value == target:
-            return f"try {', '.join([*texts, f'{steps} yes'])}\n", tree
-        texts.append(f"{steps} no")
-        if best is None or abs(value - target) < abs(best[0] - target):
-            best = (value, tree)
-    return f"try {', '.join(texts)}\n", best[1]
-
-
-def _guess(table: list[Piece], rng: random.Random) -> tuple[str, Tree]:
-    steps, (_, tree) = _random_steps(table, rng)
-    return f"guess {steps}\n", tree
-
-
-def _random_steps(table: list[Piece], rng: random.Random) -> tuple[str, Piece]:
-    """All numbers of the table combined in random order: the steps as text, and the piece; every result is an integer from
-    0 to about LARGEST."""
-    table = rng.sample(table, len(table))
-    texts = []
+def _random_steps(table: list[Piece], rng: random.Random) -> Piece:
+    """All numbers of the table combined in random order; every result is an integer from 0 to about LARGEST."""
     while len(table) > 1:
-        x, y, *rest = table
+        x, y, *rest = rng.sample(table, len(table))
         steps = list(_combine(x, y))
-        text, made = rng.choice([s for s in steps if s[1][0] <= LARGEST] or steps[1:2])  # a difference is never larger
-        texts.append(text)
-        table = [made, *rest]
-        if len(table) > 2:
-            rng.shuffle(table)
-    return " ".join(texts), table[0]
+        table = [rng.choice([s for s in steps if s[1][0] <= LARGEST] or steps[1:2])[1], *rest]  # a difference is never larger
+    return table[0]
 
 
 def random_target(numbers: Sequence[int], rng: random.Random) -> int:
     """What a random expression over all of `numbers` is worth: a reachable integer >= 0, without solving anything."""
-    return _random_steps([(n, n) for n in numbers], rng)[1][0]
+    return _random_steps([(n, n) for n in numbers], rng)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: f
 
 
 class Pretrain(Objective):
-    """One update of one micro-batch a step."""
+    """One update a step, of as many micro-batches as `batch_tokens` holds `micro_batch_tokens`."""
 
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Any, stage: PretrainStage, seed: int):
         self.model, self.tokenizer, self.task, self.stage, self.seed = model, tokenizer, task, stage, seed
@@ -36,15 +37,23 @@ class Pretrain(Objective):
         self._load: torch.Tensor | None = None
         self._prefetch = Prefetcher(self._make)
 
-    def _make(self, step: int) -> Batch:
+    def _make(self, step: int) -> list[Batch]:
         documents = trace_documents(self.task, self.tokenizer, f"pretrain {self.seed} {step}", self.stage.prompt_weight)
         chosen = take_documents(documents, self.stage.batch_tokens)
-        whole = len(chosen) - len(chosen) % ROWS or len(chosen)  # full segments only: fewer distinct shapes
-        return pack(chosen[:whole], self.tokenizer.pad_id, ROWS)
+        micros = max(1, round(self.stage.batch_tokens / (self.stage.micro_batch_tokens or self.stage.batch_tokens)))
+        unit = micros * ROWS  # full segments only: fewer distinct shapes
+        count = round(len(chosen) / unit) * unit or len(chosen)
+        chosen = [*chosen, *islice(documents, max(0, count - len(chosen)))][:count]
+        parts = [chosen[i::micros] for i in range(min(micros, count))]
+        batches = [pack(part, self.tokenizer.pad_id, ROWS) for part in parts]
+        total = sum(float(batch.weights_N.sum()) for batch in batches)
+        for batch in batches:
+            batch.share = float(batch.weights_N.sum()) / total
+        return batches
 
     def next_batch(self, step: int) -> list[list[Batch]]:
         self._load = None  # a skipped update leaves none
-        return [[self._prefetch.get(step)]]
+        return [self._prefetch.get(step)]
 
     def loss(self, batch: Batch) -> LossParts:
         out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=self.stage.mtp_weight > 0)
@@ -53,7 +62,8 @@ class Pretrain(Objective):
         second = mtp_loss(self.model, out, batch) if out.mtp_hidden_ND is not None else main.new_zeros(())
         loss = main + self.stage.mtp_weight * second + self.model.config.aux_loss_alpha * out.balance_loss
         sums = {"loss": main.item(), "mtp_loss": second.item(), "balance_loss": out.balance_loss.item()}
-        return LossParts(loss, sums | {"tokens": batch.tokens}, out.load_RE)
+        sums = {key: value * batch.share for key, value in sums.items()}
+        return LossParts(loss * batch.share, sums | {"tokens": batch.tokens}, out.load_RE)
 
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         self._load = load_RE
