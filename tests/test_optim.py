@@ -211,3 +211,12 @@ def test_training_brings_the_loss_down():
         batch = pack([(random_ids(n), [1.0] * n) for n in (30, 25)], 0)
         optimizers = build_optimizers(model, OptimizerTable(matrices=matrices))
         assert train(model, optimizers, [batch] * 12) < 0.8 * train(lively(nano()), [], [batch])
+
+
+@pytest.mark.parametrize("name", ["optimizer.0.no.such.weight.exp_avg", "optimizer.7.embed_tokens.weight.exp_avg",
+                                  "optimizer.1.embed_tokens.weight.momentum_buffer"])
+def test_state_of_another_model_or_optimizer_is_refused(name):
+    model = lively(nano())
+    optimizers = build_optimizers(model, OptimizerTable(matrices="muon"))
+    with pytest.raises(ValueError, match=name.split(".weight")[0]):
+        load_optimizer_tensors(model, optimizers, {name: torch.zeros(1)})

@@ -224,6 +224,17 @@ def test_a_pretraining_batch_is_a_function_of_seed_and_step(tokenizer):
         assert 300 < batch.tokens < 700
 
 
+def test_a_worked_solution_past_the_context_is_said(tokenizer):
+    class Long(Counting):
+        def trace(self, problem, rng):
+            return "1" * 2000 + "</think>\n1"
+
+    model = lively(nano(vocab_size=288))
+    objective = Pretrain(model, tokenizer, Long(), PretrainStage(kind="pretrain", tokens=5000, batch_tokens=500), 0)
+    with pytest.raises(ValueError, match=r"does not fit the context of 128; set max_position_embeddings"):
+        objective.next_batch(0)
+
+
 def test_micro_batches_share_a_batch(tokenizer):
     """Their losses, weighed by their shares, are the mean over all of their tokens."""
     objective = pretrain_of(tokenizer, random.randrange(10**9), batch_tokens=1000, micro_batch_tokens=400, mtp_weight=0.0)

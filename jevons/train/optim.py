@@ -104,9 +104,16 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    """The reverse. Raises ValueError for a tensor of a parameter that the model or its optimizer has not."""
+    owned = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, rest = name.split(".", 2)
-            parameter, _, key = rest.rpartition(".")
-            optimizers[int(index)].state[parameters[parameter]][key] = value
+            path, _, key = rest.rpartition(".")
+            parameter = parameters.get(path)
+            if parameter is None or int(index) >= len(owned) or parameter not in owned[int(index)]:
+                raise ValueError(f"train state: {name} belongs to no parameter that optimizer {index} trains; it is another "
+                                 "model's or another optimizer's state")
+            # AdamW's step count stays where it is
+            optimizers[int(index)].state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)

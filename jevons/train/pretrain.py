@@ -44,6 +44,10 @@ class Pretrain(Objective):
         unit = micros * ROWS  # full segments only: fewer distinct shapes
         count = round(len(chosen) / unit) * unit or len(chosen)
         chosen = [*chosen, *islice(documents, max(0, count - len(chosen)))][:count]
+        longest, room = max(len(ids) for ids, _ in chosen), self.model.config.max_position_embeddings
+        if longest > room:
+            raise ValueError(f"a worked solution of {longest} tokens does not fit the context of {room}; set "
+                             "max_position_embeddings in the recipe's [model] set, or shorten the task's `trace`")
         parts = [chosen[i::micros] for i in range(min(micros, count))]
         batches = [pack(part, self.tokenizer.pad_id, ROWS) for part in parts]
         total = sum(float(batch.weights_N.sum()) for batch in batches)
