@@ -7,12 +7,16 @@
 Each is scored greedily on the same n held-out problems, and compared with the others problem by problem.
 
     python experiments/rl_against_pretraining.py --out runs/rl-against-pretraining --seeds 0 1 2 --n 2000
+
+Each seed leaves its result in OUT/seedN/result.json, and all that are there are pooled: seeds may run as processes of
+their own, with OMP_NUM_THREADS=1. OUT/seedN/rl is a run of the whole recipe, and `jevons up` may have made it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 
@@ -66,17 +70,17 @@ def main() -> None:
     parser.add_argument("--lr-fraction", type=float, default=0.5, help="peak rate of the further pretraining, of the base's")
     args = parser.parse_args()
     runtime = Runtime.detect()
-    torch.set_num_threads(runtime.threads)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(runtime.threads)
     recipe, text = load_recipe(args.recipe)
     stages = [part for part in re.split(r"(?=\[\[stages\]\])", text)[1:]]
     pretrain = next(s for s in stages if 'kind = "pretrain"' in s)
     grpo = next(s for s in stages if 'kind = "grpo"' in s)
     task = load_task(recipe.task.name, recipe.task.args)
-    results = []
     for seed in args.seeds:
         head = re.sub(r"(?m)^seed = .*$", f"seed = {seed}", without_stages(text))
         first = args.out / f"seed{seed}"
-        run(head + pretrain + "\n" + grpo, first / "rl", runtime)
+        run(re.sub(r"(?m)^seed = .*$", f"seed = {seed}", text), first / "rl", runtime)
         base = first / "rl" / "stages" / "00-pretrain"
         on = re.sub(r"(?ms)^\[model\].*?(?=^\[)", f'[model]\nfrom = "{base}"\n\n', head)
         before, after = stage_lines(first / "rl", "pretrain"), stage_lines(first / "rl", "grpo")
@@ -101,12 +105,12 @@ def main() -> None:
                            "more": stage_lines(first / "more", "pretrain")[-1]["time.seconds"]},
                "rl - more": paired_interval(shares["more"], shares["rl"]),
                "random - base": paired_interval(shares["base"], shares["random"]), "shares": shares}
-        results.append(row)
-        (args.out / "results.json").write_text(json.dumps(results))
+        (first / "result.json").write_text(json.dumps(row))
         print(json.dumps({k: v for k, v in row.items() if k != "shares"}), flush=True)
+    results = [json.loads(path.read_text()) for path in sorted(args.out.glob("seed*/result.json"))]
     for name, (a, b) in {"rl - more": ("more", "rl"), "random - base": ("base", "random"), "rl - base": ("base", "rl")}.items():
         pooled = paired_interval([x for r in results for x in r["shares"][a]], [x for r in results for x in r["shares"][b]])
-        print(f"{name}, all seeds: {pooled[0]:+.2%} (95 % interval {pooled[1]:+.2%} to {pooled[2]:+.2%})")
+        print(f"{name}, {len(results)} seeds: {pooled[0]:+.2%} (95 % interval {pooled[1]:+.2%} to {pooled[2]:+.2%})")
 
 
 if __name__ == "__main__":

@@ -472,3 +472,20 @@ def test_bf16_cache_and_bytes():
         logits = plain_logits(model, asked.prompt_ids + done.token_ids)[len(asked.prompt_ids) - 1 : -1]
         for row, token in zip(logits, done.token_ids, strict=True):
             assert row.max() - row[token] < 1.5  # bf16 keys and values: near the best one
+
+
+def test_a_small_model_decodes_on_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    model = lively(nano())
+    model.norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        for small in (True, False):
+            monkeypatch.setattr("jevons.engine.engine.SMALL", 10**9 if small else 0)
+            engine = engine_of(model)
+            engine.submit(request(max_tokens=3))
+            run(engine)
+            assert torch.get_num_threads() == 2 and set(seen) == ({1} if small else {2})
+            seen.clear()
+    finally:
+        torch.set_num_threads(before)

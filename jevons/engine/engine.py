@@ -23,6 +23,7 @@ from jevons.model import CausalLM, KVCache, build_meta
 
 PAGE = 32
 COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
+SMALL = 8_000_000  # parameters; threads that share a smaller model's decode step on a CPU cost more than they give
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 
 
@@ -35,6 +36,7 @@ class Engine:
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         self.scheduler = Scheduler(max_batch, max_len, max_waiting)
         device = model.embed_tokens.weight.device
+        self._alone = device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL
         self._pages = -(-max_len // PAGE)  # per slot
         self.cache = KVCache(model.config, max_batch * self._pages, PAGE, dtype=cache_dtype, device=device)
         self._table = torch.arange(max_batch * self._pages, device=device).view(max_batch, self._pages)
@@ -82,10 +84,17 @@ class Engine:
         """Admit and prefill what waits, or decode one token for every running sequence."""
         events, self._events = self._events, []
         running = len(self.scheduler.running)
-        if self.scheduler.waiting and running < self.scheduler.max_batch:
-            events += self._prefill(self.scheduler.admit())
-        elif running:
-            events += self._emit(list(self.scheduler.running), self._decode(running))
+        threads = torch.get_num_threads()
+        try:
+            if self._alone and threads > 1:
+                torch.set_num_threads(1)
+            if self.scheduler.waiting and running < self.scheduler.max_batch:
+                events += self._prefill(self.scheduler.admit())
+            elif running:
+                events += self._emit(list(self.scheduler.running), self._decode(running))
+        finally:
+            if self._alone and threads > 1:
+                torch.set_num_threads(threads)
         return events
 
     def generate(self, requests: Seq[Request], on_step: Callable[[], None] | None = None) -> list[Completion]:
