@@ -13,11 +13,13 @@ _V3 = dict(
     moe_intermediate_size=2048, num_hidden_layers=61, first_k_dense_replace=3, num_attention_heads=128, n_routed_experts=256,
     n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, q_lora_rank=1536, kv_lora_rank=512,
     qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, num_nextn_predict_layers=1, max_position_embeddings=163840,
+    routed_scaling_factor=2.5,
     quantization_config=dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128], activation_scheme="dynamic"))
 _V2 = {k: v for k, v in _V3.items() if k not in ("num_nextn_predict_layers", "quantization_config")} | dict(
     architectures=["DeepseekV2ForCausalLM"], vocab_size=102400, hidden_size=5120, intermediate_size=12288,
     moe_intermediate_size=1536, num_hidden_layers=60, first_k_dense_replace=1, n_routed_experts=160, n_shared_experts=2,
-    num_experts_per_tok=6, topk_group=3)
+    num_experts_per_tok=6, topk_group=3, scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
+    routed_scaling_factor=16.0)
 
 
 def _dense(architecture: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -32,7 +34,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek-v2": _V2,
     "deepseek-v2-lite": _V2 | dict(
         hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
-        n_routed_experts=64, n_group=1, topk_group=1, q_lora_rank=None),
+        n_routed_experts=64, n_group=1, topk_group=1, q_lora_rank=None, topk_method="greedy",
+        routed_scaling_factor=1.0),
     "r1-distill-qwen-1.5b": _dense("Qwen2ForCausalLM", 1536, 8960, 28, 12, 2, 151936),
     "r1-distill-qwen-7b": _dense("Qwen2ForCausalLM", 3584, 18944, 28, 28, 4, 152064),
     "r1-distill-qwen-14b": _dense("Qwen2ForCausalLM", 5120, 13824, 48, 40, 8, 152064),

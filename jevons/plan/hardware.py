@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jevons.config import ModelConfig
 from jevons.plan.counts import (
-    Model,
     PlanError,
     count_parameters,
     decode_attention_flops,
@@ -90,19 +90,19 @@ class Serving:
         return min(self.by_bandwidth, self.by_compute)
 
 
-def weight_bytes(c: Model, precision: str) -> float:
+def weight_bytes(c: ModelConfig, precision: str) -> float:
     """Served weights, MTP module left out: projections in `precision`; embedding, head, norms and routers in bf16."""
     p = count_parameters(c)
     return (p.total - _bf16_parameters(c)) * WEIGHT_BYTES[precision] + 2 * _bf16_parameters(c)
 
 
-def _bf16_parameters(c: Model) -> int:
+def _bf16_parameters(c: ModelConfig) -> int:
     p = count_parameters(c)
     routers = c.hidden_size * c.n_routed_experts * sum(map(c.layer_is_moe, range(c.num_hidden_layers)))
     return p.embedding + p.head + p.norms + routers
 
 
-def step_bytes(c: Model, batch: int, context: float, precision: str) -> float:
+def step_bytes(c: ModelConfig, batch: int, context: float, precision: str) -> float:
     """Bytes read to generate one token for each of `batch` sequences: the experts that any of them chose (uniform routing),
     every other weight once, each sequence's cache; of the embedding a row each."""
     moe_layers = sum(map(c.layer_is_moe, range(c.num_hidden_layers)))
@@ -113,7 +113,7 @@ def step_bytes(c: Model, batch: int, context: float, precision: str) -> float:
     return weights + batch * (2 * c.hidden_size + context * kv_bytes_per_token(c))
 
 
-def token_seconds(c: Model, hardware: Hardware, context: float, precision: str, decoding: bool) -> float:
+def token_seconds(c: ModelConfig, hardware: Hardware, context: float, precision: str, decoding: bool) -> float:
     """Compute time of one token on one device: matrices at the weights' precision, attention in bf16. A prompt needs the head
     only once."""
     weights = forward_flops(c, 0)
@@ -122,7 +122,7 @@ def token_seconds(c: Model, hardware: Hardware, context: float, precision: str, 
     return (weights - head) / hardware.peak(precision) + attention / hardware.bf16
 
 
-def serving(c: Model, hardware: Hardware, context: int, precision: str, per_user: float = 20.0,
+def serving(c: ModelConfig, hardware: Hardware, context: int, precision: str, per_user: float = 20.0,
             dollars_per_hour: float | None = None, least: int = 1) -> Serving:
     """The smallest power of two (times `least`) of devices that holds the model, and the largest batch that fits beside it and
     gives every user at least `per_user` tokens/s (or one user, where the hardware is slower than that)."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jevons.plan.counts import Model, PlanError, attention_parameters, ffn_parameters, norm_parameters
+from jevons.config import ModelConfig
+from jevons.plan.counts import PlanError, attention_parameters, ffn_parameters, norm_parameters
 
 # (F, B with W, W, F and B overlapped) -> time lost; V3 report table 2. DualPipe also keeps every stage twice.
 BUBBLES = {
@@ -56,7 +57,7 @@ class Layout:
     def expert_shards(self) -> int:
         return self.ep if self.ep > 1 else self.tp
 
-    def check(self, c: Model) -> None:
+    def check(self, c: ModelConfig) -> None:
         """Raises PlanError naming what does not divide."""
         def need(ok: bool, message: str) -> None:
             if not ok:
@@ -84,7 +85,7 @@ class Layout:
             need(self.dp * self.tp % self.ep == 0, f"the {self.dp * self.tp} ranks of a stage (dp {self.dp} x tp {self.tp}) "
                  f"do not divide into groups of ep {self.ep}")
 
-    def stages(self, c: Model) -> list[range]:
+    def stages(self, c: ModelConfig) -> list[range]:
         """Layers of each stage: as even as they go, the ends last to get one more (they hold embedding, head and MTP)."""
         base, extra = divmod(c.num_hidden_layers, self.pp)
         order = [*range(1, self.pp - 1), 0, *([self.pp - 1] if self.pp > 1 else [])]
@@ -97,7 +98,7 @@ class Layout:
         return lost / (lost + 3 * self.in_step * self.pp / self.devices)
 
 
-def activation_bytes(c: Model, layer: int, recompute: str, precision: str) -> float:
+def activation_bytes(c: ModelConfig, layer: int, recompute: str, precision: str) -> float:
     """Bytes that one token leaves in one layer for the backward pass.
 
     Selective keeps what the V3 report keeps: residuals and latents in bf16; the attention output in 12 bits and the inputs of
@@ -135,9 +136,9 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def memory(c: Model, layout: Layout) -> Memory:
-    """The fullest GPU of a layout. Norms and routers are counted as sharded like the matrices; buffers of communication and
-    the allocator's waste are not counted."""
+def memory_by_device(c: ModelConfig, layout: Layout) -> list[Memory]:
+    """What each GPU of one pipeline holds. Norms and routers are counted as sharded like the matrices; buffers of communication
+    and the allocator's waste are not counted."""
     layout.check(c)
     stages, last, group = layout.stages(c), layout.pp - 1, layout.dp * layout.tp // layout.expert_shards
     vocabulary = c.vocab_size * c.hidden_size
@@ -150,7 +151,8 @@ def memory(c: Model, layout: Layout) -> Memory:
         matrices = sum(attention_parameters(c) + ffn_parameters(c, i, False) for i in layers) / layout.tp
         matrices -= routed * sum(map(c.layer_is_moe, layers)) / layout.tp
         ends = (stage == 0) + (stage == last and (not c.tie_word_embeddings or last > 0)) + (mtp > 0 and last > 0)
-        others = (ends * vocabulary + len(layers) * norm_parameters(c) + mtp * 2 * c.hidden_size**2) / layout.tp
+        others = ends * vocabulary + len(layers) * norm_parameters(c) + (stage == last) * c.hidden_size
+        others = (others + mtp * (2 * c.hidden_size**2 + 3 * c.hidden_size)) / layout.tp
         replicas = {"weights": layout.zero >= 3, "gradients": layout.zero >= 2, "optimizer": layout.zero >= 1}
         small = 1 if layout.precision == "fp8" else 2
 
@@ -173,4 +175,5 @@ def memory(c: Model, layout: Layout) -> Memory:
         pairs = [(chunks[i], chunks[last - i]) for i in range(layout.pp // 2)]
         chunks = [Memory(*(getattr(a, f) + getattr(b, f) for f in ("weights", "gradients", "optimizer", "activations")))
                   for a, b in pairs]
-    return max(chunks, key=lambda m: m.total)
+        chunks += chunks if layout.schedule == "dualpipe" else []  # the other half of the GPUs holds the same pairs
+    return chunks

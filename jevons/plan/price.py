@@ -12,7 +12,7 @@ from typing import Any
 from jevons.config import PRESETS, preset
 from jevons.plan.counts import PlanError, Shape, census, count_parameters, forward_flops, kv_beside, training_flops
 from jevons.plan.hardware import HARDWARE, WEIGHT_BYTES, serving, training_cost, weight_bytes
-from jevons.plan.layout import BUBBLES, Layout, bubble, memory
+from jevons.plan.layout import BUBBLES, Layout, bubble, memory_by_device
 from jevons.published import CONFIGS, TRAININGS
 from jevons.recipe import RECIPE_DIR, GRPOStage, PretrainStage, Recipe, load_recipe
 
@@ -129,7 +129,7 @@ def _price_model(name: str, c: Shape, options: Options) -> dict[str, Any]:
     tokens = options.tokens or defaults.get("tokens") or float(TOKENS_PER_PARAMETER * p.active)
     flops = training_flops(c, 1, row, mtp=False)
     layout = _layout(c, options, defaults, gpu, row)
-    held, gpus = memory(c, layout), layout.gpus
+    held, gpus = max(memory_by_device(c, layout), key=lambda m: m.total), layout.gpus
     precision = options.serve_in or ("fp8" if c.published_fp8 else "bf16")
     context = options.context or min(5000, c.max_position_embeddings)
     pp = layout.pp if layout.pp > 1 else 16

@@ -28,7 +28,7 @@ class Figure:
 
 def figures() -> list[Figure]:
     v3, v2, lite = (Shape.from_hf(CONFIGS[name], name) for name in ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite"))
-    p, stored, cache = count_parameters(v3), census(v3, True), kv_beside(v3)
+    p, stored, mha = count_parameters(v3), census(v3, True), kv_beside(v3)["MHA, 128 heads of 128"]
     rows = [Figure("V3 parameters", "shape; with 58 x 256 router biases", 671_026_419_200, p.total + p.router_biases),
             Figure("V3 checkpoint: FP8 elements", "all projections, MTP layer too", 680_571_043_840, stored.f8_e4m3),
             Figure("V3 checkpoint: BF16 elements", "2 embeddings and heads, routers, norms, eh_proj", 3_918_786_560, stored.bf16),
@@ -38,7 +38,7 @@ def figures() -> list[Figure]:
             Figure("V3 cache, bytes/token", "(512 + 64) x 61 layers x 2 bytes", 70_272, kv_bytes_per_token(v3)),
             Figure("V2 cache, bytes/token", "(512 + 64) x 60 x 2", 69_120, kv_bytes_per_token(v2)),
             Figure("V2-Lite cache, bytes/token", "(512 + 64) x 27 x 2", 31_104, kv_bytes_per_token(lite)),
-            Figure("MHA over MLA, V3's shape", "2 x 128 x 128 / 576", 56.9, cache["MHA, 128 heads of 128"] / 70_272, "{:.1f}x", 1e-3)]
+            Figure("MHA over MLA, V3's shape", "2 x 128 x 128 / 576", 56.9, mha / 70_272, "{:.1f}x", 1e-3)]
 
     h, flops = V3_HOURS, training_flops(v3, 1, 4096, mtp=False)
     tokens, pretraining = h["trillions"] * 1e12, h["per_trillion"] * h["trillions"]
