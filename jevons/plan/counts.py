@@ -52,9 +52,13 @@ class Shape(ModelConfig):
         if architecture in (_V2, _V3):
             values.pop("num_key_value_heads", None)
         try:
-            return cls.build(values, source)  # type: ignore[return-value]
+            shape = cls.build(values, source)
         except ConfigError as error:
             raise PlanError(str(error)) from None
+        if shape.num_hidden_layers + shape.num_nextn_predict_layers > 10_000:
+            raise PlanError(f"{source}: num_hidden_layers {shape.num_hidden_layers} and num_nextn_predict_layers "
+                            f"{shape.num_nextn_predict_layers} are more than 10,000 layers together")
+        return shape
 
 
 @dataclass(frozen=True)

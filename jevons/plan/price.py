@@ -114,14 +114,14 @@ def make_plan(model: str, options: Options = Options()) -> dict[str, Any]:
     if options.serve_in is not None and options.serve_in not in WEIGHT_BYTES:
         raise PlanError(f"serve-in {options.serve_in!r} is not one of {', '.join(WEIGHT_BYTES)}")
     if Path(model).suffix == ".toml" or (RECIPE_DIR / f"{model}.toml").is_file():
-        return price_recipe(*load_recipe(model)[:1], options)
+        return price_recipe(load_recipe(model)[0], options)
     name, shape = find_shape(model)
-    return _price_model(name, shape, options)
+    known = name in CONFIGS and shape == Shape.from_hf(CONFIGS[name], name)  # a directory may be called anything
+    return _price_model(name, shape, options, TRAININGS.get(name, {}) if known else {})
 
 
-def _price_model(name: str, c: Shape, options: Options) -> dict[str, Any]:
+def _price_model(name: str, c: Shape, options: Options, defaults: dict[str, Any]) -> dict[str, Any]:
     p = count_parameters(c)
-    defaults = TRAININGS.get(name, {})
     gpu = _hardware(options.gpu or defaults.get("gpu") or ("laptop" if name in PRESETS else "h100"))
     hardware = HARDWARE[gpu]
     price = hardware.dollars_per_hour if options.price is None else options.price
@@ -191,5 +191,5 @@ def price_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
                        "seconds": cost.days * 86400, "dollars": cost.dollars})
     total = {key: sum(s[key] for s in stages) for key in ("tokens", "flops", "seconds", "dollars")}
     model = _price_model(name, c, replace(options, tokens=float(max(1, total["tokens"])), gpu=gpu, gpus=gpus, row=row,
-                                          price=price, context=options.context or row))
+                                          price=price, context=options.context or row), {})
     return model | {"kind": "recipe", "recipe": recipe.name, "stages": stages, "total": total}

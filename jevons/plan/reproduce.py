@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jevons.plan.counts import Shape, census, count_parameters, kv_beside, kv_bytes_per_token, training_flops
 from jevons.plan.hardware import HARDWARE, dollars, serving, training_cost
-from jevons.plan.layout import bubble
+from jevons.plan.layout import BUBBLES, bubble
 from jevons.published import CONFIGS, R1_RUNS, SERVING_DAY, V3_HOURS
 
 
@@ -52,9 +52,9 @@ def figures() -> list[Figure]:
              Figure("V3 pre-training, days", "2664K / 2048 / 24", 54.2, pretraining / gpus / 24, "{:.1f}", 1e-3),
              Figure("V3 all training, GPU hours", "2664K + 119K context + 5K post-training", 2788e3, total),
              Figure("V3 all training", "2788K x $2", 5.576e6, dollars(total * 3600, rate), "${:,.0f}")]
-    for pp, published in ((8, (21, 7, 6)), (16, (45, 15, 14))):
+    for pp, published in ((8, (21, 7, 6, 6)), (16, (45, 15, 14, 14))):
         rows += [Figure(f"bubble, PP{pp}, {name}", "F 1, B 2, W 1, F&B 3", figure, bubble(name, pp), "{:.0f}")
-                 for name, figure in zip(("1f1b", "zb1p", "dualpipe"), published, strict=True)]
+                 for name, figure in zip(BUBBLES, published, strict=True)]
 
     r, d = R1_RUNS, SERVING_DAY
     r1_hours = r["zero_hours"] + r["sft_hours"] + r["r1_hours"]
