@@ -26,7 +26,7 @@ def on_meta(raw):
 
 def one_of(raw):
     """A random smaller relative of a published model, no size of which need be a multiple of a block."""
-    small = {"vocab_size": random.randint(50, 400), "hidden_size": 8 * random.randint(20, 60),
+    small = {"vocab_size": random.randint(50, 400), "hidden_size": 16 * random.randint(10, 30),
              "intermediate_size": random.randint(100, 500), "num_hidden_layers": random.randint(1, 4), "num_attention_heads": 8}
     if "kv_lora_rank" in raw:
         small |= {"moe_intermediate_size": random.randint(30, 200), "n_routed_experts": 16, "n_group": 4, "topk_group": 2,

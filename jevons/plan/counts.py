@@ -47,10 +47,11 @@ class Shape(ModelConfig):
         missing = [name for name, field in cls.model_fields.items() if field.is_required() and name not in raw]
         if missing[1:]:
             raise PlanError(f"{source}: {missing[1]} is missing; a positive number would be right")
-        values = {k: v for k, v in raw.items() if k in cls.model_fields and k not in _NO_COST and v is not None}
+        values = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False} if architecture == _V2 else {}
+        values |= {k: v for k, v in raw.items() if k in cls.model_fields and k not in _NO_COST and v is not None}
         values |= {"architecture": architecture, "attention_bias": qwen, "published_fp8": bool(raw.get("quantization_config"))}
         if architecture in (_V2, _V3):
-            values.pop("num_key_value_heads", None)
+            values.pop("num_key_value_heads", None)  # the latent is shared by all heads; the field says nothing
         try:
             shape = cls.build(values, source)
         except ConfigError as error:
