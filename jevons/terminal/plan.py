@@ -79,7 +79,7 @@ def sections(plan: dict[str, Any]) -> list[Section]:
     hours = f"{t['gpu_hours']:,.0f}" if t["gpu_hours"] >= 1000 else f"{t['gpu_hours']:.3g}"
     out.append(Section("Training", ["what", ""], [
         ["tokens", short(t["tokens"])], ["FLOPs", f"{t['flops']:.3g}"], ["GPU hours", hours], ["time", duration(t["days"])],
-        ["cost", money(t["dollars"])]], f"{machines}, MTP not counted"))
+        ["cost", money(t["dollars"])]], machines + (", MTP not counted" if p["mtp"] else "")))
     if plan["kind"] == "recipe":
         stages = [*plan["stages"], {"stage": "in all"} | plan["total"]]
         out[-1] = Section(f"Recipe {plan['recipe']}", ["stage", "tokens", "FLOPs", "time", "cost"], [

@@ -20,7 +20,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 36px 20px 60px }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 0 0 10px } p { margin: 4px 0 0 }
 .soft, figcaption, .note { color: var(--soft); font-size: .86rem }
 .keys { display: flex; flex-wrap: wrap; gap: 10px 34px; margin: 20px 0 24px } .keys b { display: block; font-size: 1.3rem }
-.flow { columns: 2 420px; column-gap: 14px }
+.flow { columns: 2 420px; column-gap: 14px; margin-bottom: 14px }
 figure, .card { margin: 0 0 14px; background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 16px 18px;
   overflow-x: auto; break-inside: avoid }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem }
@@ -119,7 +119,7 @@ def page(plan: dict[str, Any], parts: list[Section]) -> str:
             ("cache a token", short(own, "B")), ("training", f"{money(total['dollars'])}, {duration(total['seconds'] / 86400)}"),
             ("on the fullest GPU", short(m["total"], "B"))]
     body = "".join(f"<div><b>{escape(v)}</b><span class=soft>{escape(k)}</span></div>" for k, v in keys)
-    plots = [_figure("Parameters by part", _bars(shares), "the MTP module is not part of the total"),
+    plots = [_figure("Parameters by part", _bars(shares), "the MTP module is not part of the total" if p["mtp"] else ""),
              _figure("Cache per token, bf16", _bars(cache), "other kinds of attention at the same layers and heads"),
              _figure("Memory of the fullest GPU", _bars(held, m["capacity"], f"{short(m['capacity'], 'B')} of {t['title']}"),
                      next(s.note for s in parts if s.title.startswith("Memory"))),
