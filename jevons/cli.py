@@ -101,6 +101,49 @@ def info(checkpoint: Annotated[Path | None, typer.Argument(help="checkpoint dire
         typer.echo(f"{key:<{width}}  {', '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
+def _count(text: str) -> float:
+    """`14.8T` -> 14.8e12."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 0)
+    try:
+        return float(text[:-1]) * scale if scale else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number such as 300000, 4.2M or 14.8T") from None
+
+
+@app.command()
+def plan(model: Annotated[str, typer.Argument(
+            help="published model, preset, config.json, checkpoint directory, or recipe")] = "deepseek-v3",
+         gpu: Annotated[str | None, typer.Option("--gpu", help="h800, h100, h200, a100, rtx4090, m3-ultra, epyc, ...")] = None,
+         gpus: Annotated[int | None, typer.Option("--gpus")] = None,
+         price: Annotated[float | None, typer.Option("--price", help="dollars an hour and GPU")] = None,
+         utilisation: Annotated[float, typer.Option("--utilisation", help="share of the bf16 peak reached")] = 0.39,
+         tokens: Annotated[float | None, typer.Option("--tokens", parser=_count, help="to train on: 4.2M, 14.8T")] = None,
+         row: Annotated[int | None, typer.Option("--row", help="tokens of a training row")] = None,
+         tp: Annotated[int | None, typer.Option("--tp", help="tensor parallel")] = None,
+         pp: Annotated[int | None, typer.Option("--pp", help="pipeline stages")] = None,
+         dp: Annotated[int | None, typer.Option("--dp", help="data parallel replicas; in place of --gpus")] = None,
+         ep: Annotated[int | None, typer.Option("--ep", help="expert parallel, within dp x tp")] = None,
+         schedule: Annotated[str | None, typer.Option("--schedule", help="1f1b, zb1p, dualpipe, dualpipev")] = None,
+         micro_batches: Annotated[int | None, typer.Option("--micro-batches", help="rows per pipeline and step")] = None,
+         zero: Annotated[int | None, typer.Option("--zero", help="ZeRO: 0, 1, 2, 3")] = None,
+         recompute: Annotated[str | None, typer.Option("--recompute", help="none, selective, full")] = None,
+         train_in: Annotated[str | None, typer.Option("--train-in", help="bf16, fp8")] = None,
+         serve_in: Annotated[str | None, typer.Option("--serve-in", help="weights served in bf16, fp8, q4")] = None,
+         context: Annotated[int | None, typer.Option("--context", help="tokens in a user's cache")] = None,
+         per_user: Annotated[float, typer.Option("--per-user", help="tokens/s that every user shall have")] = 20.0,
+         as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+         html: Annotated[Path | None, typer.Option("--html", help="write a page with plots")] = None,
+         published: Annotated[bool, typer.Option("--published", help="published figures beside computed ones")] = False,
+         ) -> None:
+    """What a model costs before anything runs: parameters, FLOPs, memory, cache, hours, dollars, serving bounds."""
+    from jevons.plan.price import Options
+    from jevons.terminal.plan import show_plan
+
+    options = Options(gpu, gpus, price, utilisation, tokens, row, tp, pp, dp, ep, schedule, micro_batches, zero, recompute,
+                      train_in, serve_in, context, per_user)
+    show_plan(model, options, as_json, html, published)
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
