@@ -15,6 +15,7 @@ from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
 
+INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
 SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
 Segments = list[tuple[int, int]]  # (rows, length): flat tokens are rows_0 * length_0 tokens, then rows_1 * length_1, ...
 
@@ -90,15 +91,15 @@ class MLA(nn.Module):
         super().__init__()
         c = self.config = config
         self.heads, self.nope, self.rope, self.v = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        self.scale = (self.nope + self.rope) ** -0.5
+        self.scale = c.softmax_scale
         q_rows = c.q_lora_rank or self.heads * (self.nope + self.rope)
         self.qkv_a_proj = Linear(c.hidden_size, q_rows + c.kv_lora_rank + self.rope, parts={
             "q_a_proj" if c.q_lora_rank else "q_proj": q_rows, "kv_a_proj_with_mqa": c.kv_lora_rank + self.rope})
         self.split = [q_rows, c.kv_lora_rank, self.rope]
         if c.q_lora_rank:
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, INNER_EPS)
             self.q_b_proj = Linear(c.q_lora_rank, self.heads * (self.nope + self.rope))
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, INNER_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
 

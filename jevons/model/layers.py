@@ -6,12 +6,14 @@ R rotary width, C latent width (kv_lora_rank), E experts, K experts per token, V
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jevons.config import ModelConfig, yarn_mscale
 from jevons.numerics import linear
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
@@ -67,11 +69,34 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def rotary_table(dim: int, length: int, theta: float) -> torch.Tensor:
-    """cos and sin of every position: [length, 2, dim/2], float32 (angles in float64: position 1e5 loses digits else)."""
-    inv = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * inv
-    return torch.stack([angle.cos(), angle.sin()], dim=1).float()
+def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Radians per position of each pair [R/2] (float64), and what cos and sin are multiplied with."""
+    dim = config.qk_rope_head_dim if config.is_deepseek else config.per_head_dim
+    inv = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    s = config.rope_scaling
+    if s is None:
+        return inv, 1.0
+    factor, original = s["factor"], s["original_max_position_embeddings"]
+    if s["rope_type"] == "llama3":  # long waves are divided, short ones kept, those between blended by their turns
+        turns = original * inv / (2 * math.pi)
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        return inv * (keep + (1 - keep) / factor), 1.0
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that makes so many turns over the original length."""
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = max(math.floor(pair(s.get("beta_fast", 32))), 0), min(math.ceil(pair(s.get("beta_slow", 1))), dim - 1)
+    divide = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)).clamp(0, 1)
+    m = yarn_mscale(factor, s.get("mscale", 1.0)) / (yarn_mscale(factor, s["mscale_all_dim"]) if "mscale_all_dim" in s else 1.0)
+    return inv * (1 - divide + divide / factor), s.get("attention_factor", m)
+
+
+def rotary_table(config: ModelConfig) -> torch.Tensor:
+    """cos and sin of every position: [length, 2, R/2], float32 (angles in float64: position 1e5 loses digits else)."""
+    inv, magnitude = rotary_frequencies(config)
+    angle = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * inv
+    return torch.stack([angle.cos(), angle.sin()], dim=1).mul_(magnitude).float()
 
 
 def rotate(x1: torch.Tensor, x2: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""DeepSeekMoE (V3 report, section 2.1.2): sigmoid gate, group-limited choice, shared expert, auxiliary-free balancing."""
+"""DeepSeekMoE (V3 report, section 2.1.2): sigmoid gate, group-limited choice, shared expert, auxiliary-free balancing.
+
+V2's gate is a softmax without bias, its groups' score their best expert, its weights the scores as they are."""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Gate(nn.Module):
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         yield f"{name}.weight", self.weight
-        yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
+        if self.config.has_router_bias:
+            yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
 
     def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None) -> Routing:
         """Choose by s + b within the best groups; weigh by the unbiased s (facts: V3's own gate, in float32).
@@ -47,12 +50,13 @@ class Gate(nn.Module):
         """
         c = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+            scores = F.linear(x_ND.float(), self.weight.float())
+            scores = scores.sigmoid() if c.scoring_func == "sigmoid" else scores.softmax(-1)
         with torch.no_grad():
-            choice = scores + self.e_score_correction_bias
+            choice = scores + self.e_score_correction_bias if c.has_router_bias else scores
             if c.n_group > 1:
                 groups = choice.unflatten(-1, (c.n_group, -1))
-                group_score = groups.topk(2, dim=-1).values.sum(-1)
+                group_score = groups.topk(2, dim=-1).values.sum(-1) if c.has_router_bias else groups.amax(-1)
                 best = group_score.topk(c.topk_group, dim=-1).indices
                 dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, best, False)
                 choice = groups.masked_fill(dropped[..., None], float("-inf")).flatten(-2)

@@ -76,8 +76,7 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.mtp = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
-        rope_dim = config.qk_rope_head_dim if config.is_deepseek else config.per_head_dim
-        self.register_buffer("rope", rotary_table(rope_dim, config.max_position_embeddings, config.rope_theta), persistent=False)
+        self.register_buffer("rope", rotary_table(config), persistent=False)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices and embeddings normal with std `initializer_range`, norms 1, biases 0 (report section 4.2)."""
