@@ -7,16 +7,17 @@ R rotary width, C latent width (kv_lora_rank), E experts, K experts per token, V
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import linear
+from jevons.numerics import Fp8Weight, Rows, Weight, linear
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
+Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
 
 
 class Linear(nn.Module):
@@ -37,12 +38,37 @@ class Linear(nn.Module):
     def hf_views(self, name: str) -> Iterator[HFView]:
         """Published names beside `name`, this module's own local name, with views of the rows they own."""
         parts = self.parts or {name: self.weight.shape[0]}
+        held = [self.weight] if not isinstance(self.weight, Rows) else self.weight.parts
         row = 0
-        for part, rows in parts.items():
-            yield f"{part}.weight", self.weight[row : row + rows]
+        for index, (part, rows) in enumerate(parts.items()):
+            if isinstance(self.weight, nn.Parameter):
+                yield f"{part}.weight", self.weight[row : row + rows]
+            else:
+                yield from packed_views(f"{part}.weight", held[index])
             if self.bias is not None:
                 yield f"{part}.bias", self.bias[row : row + rows]
             row += rows
+
+
+    def hold(self, prefix: str, fetch: Fetch) -> None:
+        """Take the weights that `fetch` gives, each where it lies, in place of one's own parameters. For inference."""
+        at = prefix.rfind(".") + 1
+        names = [prefix[:at] + part for part in self.parts or (prefix[at:],)]
+        weights = [fetch(f"{name}.weight") for name in names]
+        del self.weight
+        one = weights[0] if len(weights) == 1 else Rows(weights)
+        self.weight = nn.Parameter(one, requires_grad=False) if isinstance(one, torch.Tensor) else one
+        if self.bias is not None:
+            self.bias = nn.Parameter(torch.cat([fetch(f"{name}.bias") for name in names]), requires_grad=False)
+
+
+def packed_views(name: str, weight: Weight) -> Iterator[HFView]:
+    """A weight that is no parameter under its published name, FP8 with its scales."""
+    if isinstance(weight, Fp8Weight):
+        yield name, weight.codes
+        yield f"{name}_scale_inv", weight.scale_inv
+    else:
+        yield name, weight
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +79,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the input's precision; the mean of squares is taken in float32."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class MLP(nn.Module):

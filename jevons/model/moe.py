@@ -13,8 +13,8 @@ from torch import nn
 
 from jevons.config import ModelConfig
 from jevons.model.attention import Segments
-from jevons.model.layers import MLP, HFView
-from jevons.numerics import grouped_linear
+from jevons.model.layers import MLP, Fetch, HFView, packed_views
+from jevons.numerics import Rows, grouped_linear
 
 ALIGN = 32
 
@@ -35,12 +35,17 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         yield f"{name}.weight", self.weight
         if self.config.has_router_bias:
             yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
+
+    def hold(self, prefix: str, fetch: Fetch) -> None:
+        self.weight = nn.Parameter(fetch(f"{prefix}.weight"), requires_grad=False)
+        if self.config.has_router_bias:
+            self.e_score_correction_bias = fetch(f"{prefix}.e_score_correction_bias").float()
 
     def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None) -> Routing:
         """Choose by s + b within the best groups; weigh by the unbiased s (facts: V3's own gate, in float32).
@@ -90,8 +95,8 @@ class Gate(nn.Module):
 
 
 class ExpertBank(nn.Module):
-    """The routed experts, stacked [E, ...]. A bank over a memory-mapped checkpoint may hold one view per expert instead;
-    callers only ever call `forward`."""
+    """The routed experts, stacked [E, ...]. A bank over a memory-mapped checkpoint holds a list with one weight per expert
+    instead (`hold`); callers only ever call `forward`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -100,10 +105,22 @@ class ExpertBank(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, self.inter))
 
     def hf_views(self, name: str) -> Iterator[HFView]:
+        if isinstance(self.down_proj, list):
+            for e, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+                for part, weight in zip(("gate", "up", "down"), (*gate_up.parts, down), strict=True):
+                    yield from packed_views(f"{name}.{e}.{part}_proj.weight", weight)
+            return
         for e in range(self.gate_up_proj.shape[0]):
             yield f"{name}.{e}.gate_proj.weight", self.gate_up_proj[e, : self.inter]
             yield f"{name}.{e}.up_proj.weight", self.gate_up_proj[e, self.inter :]
             yield f"{name}.{e}.down_proj.weight", self.down_proj[e]
+
+    def hold(self, prefix: str, fetch: Fetch) -> None:
+        """One weight per expert, as `fetch` gives it, without a stacking copy. For inference."""
+        experts = range(self.gate_up_proj.shape[0])
+        del self.gate_up_proj, self.down_proj
+        self.gate_up_proj = [Rows([fetch(f"{prefix}.{e}.{part}_proj.weight") for part in ("gate", "up")]) for e in experts]
+        self.down_proj = [fetch(f"{prefix}.{e}.down_proj.weight") for e in experts]
 
     def forward(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Sum over a token's K experts of weight * expert(x): no token is ever dropped."""
