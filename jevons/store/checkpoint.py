@@ -205,7 +205,8 @@ def _scales(headers: dict[str, TensorInfo], name: str) -> torch.Tensor:
     info = headers[name + _SCALE]
     scales = read_tensor(info).float()
     if (bad := scales[~((scales >= 0) & scales.isfinite())]).numel():
-        raise CheckpointError(f"{info.file}: tensor {name}{_SCALE} holds {bad[0].item()}; finite numbers from 0 on would be right")
+        raise CheckpointError(f"{info.file}: tensor {name}{_SCALE} holds {bad[0].item()}; "
+                              "finite numbers from 0 on would be right")
     return scales
 
 
