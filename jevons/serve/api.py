@@ -134,7 +134,8 @@ class ChatRun:
             ids = await asyncio.to_thread(tokenizer.renderer().prompt, self.conversation)
         finally:
             api.loading -= 1
-        self.answer, self.model = Answer(tokenizer, self.body.stops()), host.model_name or self.model
+        self.answer = Answer(tokenizer, self.body.stops(), tokenizer.decode(ids[-8:]))
+        self.model = host.model_name or self.model
         self.stream = host.submit(types.Request(ids, self.body.sampling()), epoch)
 
     def _close(self, finish: str) -> None:

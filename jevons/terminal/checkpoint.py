@@ -109,8 +109,9 @@ def _answer(engine: Any, tokenizer: Any, question: str, temperature: float, max_
     from jevons.chat import ReasoningParser
     from jevons.engine.types import Request, SamplingParams
 
-    parser, stream = ReasoningParser(), tokenizer.decode_stream()
-    engine.submit(Request(tokenizer.renderer().question(question), SamplingParams(max_tokens, temperature, seed=seed)))
+    prompt = tokenizer.renderer().question(question)
+    parser, stream = ReasoningParser.after(tokenizer.decode(prompt[-8:])), tokenizer.decode_stream()
+    engine.submit(Request(prompt, SamplingParams(max_tokens, temperature, seed=seed)))
     while engine.has_work:
         for event in engine.step():
             if event.error:
