@@ -213,9 +213,11 @@ class ReasoningParser:
         self._strip = False
 
     @classmethod
-    def after(cls, prompt_end: str) -> ReasoningParser:
-        """The parser of what follows a prompt, by the prompt's last words."""
-        return cls(True if prompt_end.rstrip().endswith(THINK) else None)
+    def after(cls, prompt_ids: Sequence[int], tokenizer: Any) -> ReasoningParser:
+        """The parser of what follows a prompt: within the thought if that is opened at its end, by token or by text."""
+        end = list(prompt_ids[-3:])
+        opened = tokenizer.special[THINK] in end and tokenizer.special[END_THINK] not in end
+        return cls(True if opened or tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK) else None)
 
     def feed(self, text: str) -> tuple[str, str]:
         if self._undecided:

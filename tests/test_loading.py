@@ -13,7 +13,7 @@ from jevons.engine.engine import Engine
 from jevons.engine.types import Request, SamplingParams
 from jevons.model import KVCache, build_meta
 from jevons.numerics import Fp8Weight, Rows, dense, grouped_linear, linear
-from jevons.numerics.fp8 import quantise_blocks
+from jevons.numerics.fp8 import dequantise_blocks, quantise_blocks
 from jevons.store import safetensors_io as io
 from jevons.store.checkpoint import load_checkpoint, save_checkpoint
 from jevons.store.files import CheckpointError
@@ -116,6 +116,18 @@ def test_packed_weights_multiply_like_their_dense_selves():
     rows = x.flatten(0, 1)
     one_by_one = torch.cat([rows[:2] @ experts[0].T, rows[2:7] @ experts[2].T, rows[7:] @ experts[3].T])
     torch.testing.assert_close(grouped_linear(rows, experts, ends), one_by_one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fast_dequantisation_is_the_reference(dtype):
+    """To the bit, for every code that is a number, subnormal ones and zeros of both signs included."""
+    rows, columns = 128 * random.randint(1, 9), 128 * random.randint(1, 4)
+    every = torch.arange(256, dtype=torch.uint8)
+    every[[0x7F, 0xFF]] = 0  # NaN
+    codes = every[torch.randint(256, (rows, columns))].view(torch.float8_e4m3fn)
+    scale_inv = torch.rand(rows // 128, columns // 128) * 0.01
+    expected = dequantise_blocks(codes, scale_inv, dtype)
+    assert torch.equal(Fp8Weight(codes, scale_inv).dense(dtype), expected)
 
 
 @pytest.mark.parametrize("make", [nano, qwen2, lambda: qwen2(tie_word_embeddings=True), llama])

@@ -213,7 +213,7 @@ def test_served_and_evaluated_with_it(tmp_path, family):
     from jevons.engine.types import TokenEvent
 
     said = "hm</think>\n\n8" if family == "deepseek" else "<think>hm</think>\n\n8"
-    answer = Answer(tokenizer, (), tokenizer.decode(prompt[-8:]))
+    answer = Answer(tokenizer, (), prompt)
     ids = [*tokenizer.renderer().encode_special(said), tokenizer.special[EOS]]
     events = [TokenEvent("a", i, 0.0, "stop" if i == ids[-1] else None) for i in ids]
     assert answer.feed(events) == ("hm", "8")

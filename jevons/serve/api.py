@@ -134,7 +134,7 @@ class ChatRun:
             ids = await asyncio.to_thread(tokenizer.renderer().prompt, self.conversation)
         finally:
             api.loading -= 1
-        self.answer = Answer(tokenizer, self.body.stops(), tokenizer.decode(ids[-8:]))
+        self.answer = Answer(tokenizer, self.body.stops(), ids)
         self.model = host.model_name or self.model
         self.stream = host.submit(types.Request(ids, self.body.sampling()), epoch)
 

@@ -108,7 +108,7 @@ def _answer(engine: Any, tokenizer: Any, question: str, temperature: float, max_
     from jevons.engine.types import Request, SamplingParams
 
     prompt = tokenizer.renderer().question(question)
-    parser, stream = ReasoningParser.after(tokenizer.decode(prompt[-8:])), tokenizer.decode_stream()
+    parser, stream = ReasoningParser.after(prompt, tokenizer), tokenizer.decode_stream()
     engine.submit(Request(prompt, SamplingParams(max_tokens, temperature, seed=seed)))
     while engine.has_work:
         for event in engine.step():
