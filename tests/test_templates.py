@@ -232,6 +232,30 @@ def test_a_thought_that_the_model_opens_by_itself(text, expected):
     assert tuple("".join(p) for p in zip(*parts, strict=True)) == expected
 
 
+def test_every_end_that_generation_config_names_ends_an_answer(tmp_path):
+    save_checkpoint(tmp_path, lively(qwen2(vocab_size=1024)), None, {})
+    foreign(tmp_path, "llama")
+    ours = Tokenizer.load(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [ours.bos_id, ours.eos_id, 7, "x"]}))
+    assert set(Tokenizer.load(tmp_path).stop_ids) >= {ours.bos_id, 7} and ours.eos_id not in Tokenizer.load(tmp_path).stop_ids
+    assert TOKENIZER.stop_ids == ()
+
+
+def test_a_context_longer_than_memory_is_cut_to_what_fits(monkeypatch):
+    from test_config import PUBLISHED
+
+    from jevons.config import ModelConfig
+    from jevons.runtime import Runtime
+    from jevons.terminal.beside import context_that_fits
+
+    machine = Runtime("cpu", "float32", 2, True, "", (), memory_gib=24.0)
+    monkeypatch.setattr(Runtime, "detect", lambda: machine)
+    distill = ModelConfig.from_hf(PUBLISHED["distill"])
+    one, many = context_that_fits(distill, 1), context_that_fits(distill, 32)
+    assert one == 131072 and many == 12 * 2**30 // (28 * 512 * 4 * 32)
+    assert context_that_fits(qwen2(), 32) == 96
+
+
 def test_our_own_template_is_still_ours(tmp_path):
     TOKENIZER.save(tmp_path)
     assert not isinstance(Tokenizer.load(tmp_path).renderer(), TemplateRenderer)

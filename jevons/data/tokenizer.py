@@ -45,7 +45,7 @@ class Tokenizer:
     """`special` maps each of chat.SPECIAL_TOKENS to its id; `vocab_size` is the largest id plus one.
 
     `chat_template` is the one of `config` (tokenizer_config.json) where a checkpoint brings its own, else ours; a token of
-    ours that such a checkpoint does not have has the id -1.
+    ours that such a checkpoint does not have has the id -1. `stop_ids` end an answer too, beside eos: Llama 3 has several.
     """
 
     def __init__(self, full: tokenizers.Tokenizer, special: dict[str, int], config: dict[str, Any] | None = None,
@@ -57,6 +57,7 @@ class Tokenizer:
         self._config, self._source = config or {}, source
         self.chat_template: str = self._config.get("chat_template", CHAT_TEMPLATE)
         self.special = special
+        self.stop_ids: tuple[int, ...] = ()
         self.vocab_size = max(full.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -141,6 +142,9 @@ class Tokenizer:
         full = tokenizers.Tokenizer.from_str(json.dumps(raw))
         tokenizer = cls(full, _find_special(full, model, config, str(path), add=False), config | {"chat_template": template},
                         str(source))
+        for ends in (model.get("eos_token_id"), _read_json(path.with_name("generation_config.json")).get("eos_token_id")):
+            ids = ends if isinstance(ends, list) else [ends]
+            tokenizer.stop_ids += tuple(i for i in ids if type(i) is int and i not in (tokenizer.eos_id, *tokenizer.stop_ids))
         try:
             tokenizer.renderer()
         except chat.ChatError as error:

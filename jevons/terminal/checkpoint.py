@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jevons.terminal.beside import Beside, StopSignal, use_threads
+from jevons.terminal.beside import Beside, StopSignal, context_that_fits, use_threads
 
 MAPPED_FROM = 2**30  # bytes
 
@@ -63,6 +63,9 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
         beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key)
+        if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
+            console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
+                          f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
         beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
         beside.run_forever(stop)
@@ -76,7 +79,7 @@ def chat_with(checkpoint: Path, temperature: float, max_tokens: int) -> None:
     loaded = open_checkpoint(checkpoint)
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
-                    max_len=loaded.config.max_position_embeddings)
+                    max_len=context_that_fits(loaded.config, 1))
     taught = loaded.provenance.get("taught") or loaded.config.architecture
     console.print(f"{taught}. Ctrl-D ends the chat.", style="dim", markup=False, soft_wrap=True)
     seed = 0
@@ -109,7 +112,7 @@ def _answer(engine: Any, tokenizer: Any, question: str, temperature: float, max_
 
     prompt = tokenizer.renderer().question(question)
     parser, stream = ReasoningParser.after(prompt, tokenizer), tokenizer.decode_stream()
-    engine.submit(Request(prompt, SamplingParams(max_tokens, temperature, seed=seed)))
+    engine.submit(Request(prompt, SamplingParams(max_tokens, temperature, seed=seed, stop_token_ids=tokenizer.stop_ids)))
     while engine.has_work:
         for event in engine.step():
             if event.error:
