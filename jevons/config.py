@@ -276,15 +276,15 @@ def _rope_scaling(rope: dict[str, Any], architecture: str, source: str) -> dict[
     """The scaling in `rope`, checked, under one spelling; None for plain rotary embeddings. Raises ConfigError."""
     where = f"{source}: rope_scaling"
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in _ROPE or (kind == "llama3" and architecture in (DEEPSEEK_V3, DEEPSEEK_V2)):
-        raise ConfigError(f"{where} type {kind!r} is not supported for {architecture}; "
-                          "yarn, llama3 (Llama, Qwen2) or null would be right")
-    needed, possible = _ROPE[kind]
     values = {k: v for k, v in rope.items() if k not in ("type", "rope_type", "rope_theta") and v is not None}
     if values.pop("truncate", True) is not True or values.pop("partial_rotary_factor", 1) != 1:
         raise ConfigError(f"{where} {rope!r}: truncate false and a partial_rotary_factor are not supported")
+    if kind in ("default", None) and not values:
+        return None
+    if not isinstance(kind, str) or kind not in _ROPE or (kind == "llama3" and architecture in (DEEPSEEK_V3, DEEPSEEK_V2)):
+        raise ConfigError(f"{where} {rope!r} of type {kind!r} is not supported for {architecture}; "
+                          "yarn, llama3 (Llama, Qwen2) or null would be right")
+    needed, possible = _ROPE[kind]
     for key, value in values.items():
         if key not in needed | possible:
             raise ConfigError(f"{where} field {key!r} = {value!r} is not known for {kind} and might change the mathematics")
