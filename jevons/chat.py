@@ -1,5 +1,7 @@
 """One renderer for SFT, RL and the server, and the incremental reasoning parser. No torch here.
 
+A checkpoint of others brings its own template (`TemplateRenderer`); this is the one of our own:
+
 The prompt is R1's own: `<｜begin▁of▁sentence｜>{system}<｜User｜>{q}<｜Assistant｜><think>\\n`. The system text has no role
 token; earlier assistant turns keep only the text after `</think>` (facts: R1's published template). The text of a
 special token inside a message stays plain text: messages go through `encode`, which knows no special tokens.
@@ -7,8 +9,11 @@ special token inside a message stays plain text: messages go through `encode`, w
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -86,6 +91,97 @@ class Renderer:
         return Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
+GUARD = "\ufdd0"  # no character of any text: put into a special token's text, it keeps it from becoming the token
+
+
+class TemplateRenderer(Renderer):
+    """Renders conversations with a checkpoint's own jinja2 template, sandboxed.
+
+    The ids are those of `transformers`' `apply_chat_template`, with one difference: a special token's text inside a
+    message stays text (`<think>` and `</think>` of the assistant's earlier turns excepted, which are its own).
+    `encode_special(text) -> ids` knows the special tokens, `tokens` are their ids by text; `variables` is what the template
+    may read (`bos_token`, ...). Raises ChatError naming `source` for a template that is no template or reaches for
+    Python's internals.
+    """
+
+    def __init__(self, template: str, encode: Callable[[str], list[int]], encode_special: Callable[[str], list[int]],
+                 special: dict[str, int], tokens: dict[str, int], variables: dict[str, str], source: str):
+        super().__init__(encode, special)
+        self.encode_special, self.tokens, self.variables, self.source = encode_special, tokens, variables, source
+        texts = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        self._template = self._compile(template)
+        try:
+            self.text([{"role": "user", "content": "x"}])
+        except ChatError as error:  # a template may refuse this conversation, and no more
+            if "internals" in str(error):
+                raise
+
+    def _compile(self, template: str) -> Any:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+        class Sandbox(ImmutableSandboxedEnvironment):
+            def unsafe_undefined(self, obj: Any, attribute: str) -> Any:  # jinja2's own is silent until it is used
+                raise SecurityError(f"{attribute} of a {type(obj).__name__}")
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = to_json
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            return environment.from_string(template)
+        except (TemplateError, RecursionError) as error:
+            raise ChatError(f"{self.source}: the chat template is not one: {error}") from None
+
+    def text(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The conversation as the template writes it, the beginning of the answer included."""
+        from jinja2 import TemplateError
+        from jinja2.sandbox import SecurityError
+
+        plain = [{key: value for key, value in m.items() if isinstance(value, str)} for m in messages]
+        try:
+            return self._template.render(messages=plain, tools=None, documents=None, add_generation_prompt=True, **self.variables)
+        except SecurityError as error:
+            raise ChatError(f"{self.source}: the chat template reaches for Python's internals: {error}") from None
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+            raise ChatError(f"{self.source}: the chat template refuses these messages: {error}") from None
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Ids of the conversation and of the beginning of the answer. Raises ChatError."""
+        if not messages:
+            raise ChatError("messages is empty; it needs at least one user message")
+        guarded = [m | {"content": self._guard(m.get("content") or "", m.get("role") == "assistant")} for m in messages]
+        text = self.text(guarded)
+        if GUARD not in text:
+            return self.encode_special(text)
+        ids, at = [], 0
+        for match in [*self._special.finditer(text), None]:
+            piece = text[at : match.start() if match else None].replace(GUARD, "")
+            ids += self.encode(piece) if piece else []
+            if match:
+                ids.append(self.tokens[match[0]])
+                at = match.end()
+        return ids
+
+    def _guard(self, content: str, own: bool) -> str:
+        def guard(match: re.Match) -> str:
+            return match[0] if own and match[0] in (THINK, END_THINK) else match[0][0] + GUARD + match[0][1:]
+
+        return self._special.sub(guard, content.replace(GUARD, "\ufffd"))
+
+    def completion(self, text: str) -> list[int]:
+        """Ids of `thought</think>answer` and eos, after a prompt that opens the thought or leaves it to the model."""
+        opened = self.text([{"role": "user", "content": "x"}]).rstrip().endswith(THINK)
+        guarded = self._guard(text, own=True).replace(GUARD, "")
+        return self.encode_special(guarded if opened else f"{THINK}\n{guarded}") + [self.special[EOS]]
+
+
 def check_roles(messages: Sequence[dict[str, Any]]) -> None:
     """System messages first, then user and assistant in turn, ending with user. Raises ChatError."""
     if not messages:
@@ -105,16 +201,33 @@ def check_roles(messages: Sequence[dict[str, Any]]) -> None:
 class ReasoningParser:
     """Splits a stream of text into thought and answer, never splitting a tag.
 
-    Starts inside the thought when the prompt primed `<think>`. `feed` returns (reasoning, content) deltas; text that
+    Starts inside the thought when the prompt primed `<think>`; with `in_reasoning` None, the text's first word says whether
+    there is one. `feed` returns (reasoning, content) deltas; text that
     might be the beginning of `</think>` is held back until it is decided. The newlines right after the tag are dropped.
     """
 
-    def __init__(self, in_reasoning: bool = True):
-        self.in_reasoning = in_reasoning
+    def __init__(self, in_reasoning: bool | None = True):
+        self.in_reasoning = bool(in_reasoning)
+        self._undecided = in_reasoning is None
         self._held = ""
         self._strip = False
 
+    @classmethod
+    def after(cls, prompt_ids: Sequence[int], tokenizer: Any) -> ReasoningParser:
+        """The parser of what follows a prompt: within the thought if that is opened at its end, by token or by text."""
+        end = list(prompt_ids[-3:])
+        opened = tokenizer.special[THINK] in end and tokenizer.special[END_THINK] not in end
+        return cls(True if opened or tokenizer.decode(prompt_ids[-8:]).rstrip().endswith(THINK) else None)
+
     def feed(self, text: str) -> tuple[str, str]:
+        if self._undecided:
+            self._held += text
+            begin = self._held.lstrip()
+            if THINK.startswith(begin[: len(THINK)]) and len(begin) < len(THINK):
+                return "", ""
+            text, self._held, self._undecided = self._held, "", False
+            if begin.startswith(THINK):
+                self.in_reasoning, text = True, begin[len(THINK) :]
         if not self.in_reasoning:
             return "", self._content(text)
         text = self._held + text

@@ -144,6 +144,20 @@ def plan(model: Annotated[str, typer.Argument(
     show_plan(model, options, as_json, html, published)
 
 
+@app.command()
+def pull(repo: Annotated[str, typer.Argument(help="repository on the hub, owner/name")],
+         out: Annotated[Path | None, typer.Option("--out", help="directory (default: the repository's name)")] = None,
+         revision: Annotated[str, typer.Option("--revision", help="branch, tag or commit")] = "main",
+         endpoint: Annotated[str | None, typer.Option("--endpoint", envvar="HF_ENDPOINT", help="another hub's address")] = None,
+         ) -> None:
+    """Fetch a checkpoint from a hub. Run again, it goes on where it stopped."""
+    from jevons.store.hub import pull as fetch
+
+    out = out or Path(repo.rstrip("/").rpartition("/")[2] or repo)
+    fetch(repo, out, revision, endpoint, lambda line: typer.echo(line, err=True))
+    typer.echo(f"{out} is whole; `jevons info {out}` says what it is")
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:

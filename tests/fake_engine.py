@@ -19,6 +19,7 @@ class FakeTokenizer:
         self.special = {text: 256 + index for index, text in enumerate(SPECIAL_TOKENS)}
         self._texts = {index: text for text, index in self.special.items()}
         self.vocab_size = 256 + len(SPECIAL_TOKENS)
+        self.stop_ids = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "replace"))

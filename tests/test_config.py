@@ -21,6 +21,23 @@ V3 = {
     "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
     "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True,
     "v_head_dim": 128, "vocab_size": 129280,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+}
+V2 = {k: v for k, v in V3.items() if k not in ("num_nextn_predict_layers", "quantization_config")} | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 5120,
+    "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60, "first_k_dense_replace": 1,
+    "n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3,
+    "routed_scaling_factor": 16.0, "scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+    "aux_loss_alpha": 0.001, "seq_aux": True, "bos_token_id": 100000, "eos_token_id": 100001,
+    "rope_scaling": V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+V2_LITE = V2 | {
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 64, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": None, "routed_scaling_factor": 1.0, "topk_method": "greedy",
 }
 DISTILL_QWEN = {
     "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
@@ -36,7 +53,10 @@ LLAMA = {
     "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1,
     "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 32000,
 }
-PUBLISHED = {"v3": V3, "distill": DISTILL_QWEN, "llama": LLAMA}
+LLAMA3 = LLAMA | {"rope_theta": 500000.0, "max_position_embeddings": 131072, "rope_scaling": {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3"}}
+PUBLISHED = {"v3": V3, "v2": V2, "v2-lite": V2_LITE, "distill": DISTILL_QWEN, "llama": LLAMA, "llama3": LLAMA3}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -49,7 +69,7 @@ def test_published_configs_open(name):
 
 
 def test_what_they_mean():
-    v3, qwen, llama = (ModelConfig.from_hf(raw) for raw in PUBLISHED.values())
+    v3, qwen, llama = (ModelConfig.from_hf(PUBLISHED[name]) for name in ("v3", "distill", "llama"))
     assert v3.per_head_dim == 192 and v3.is_moe and v3.is_deepseek
     assert [v3.layer_is_moe(i) for i in (0, 2, 3, 61)] == [False, False, True, True]
     assert qwen.attention_bias and not llama.attention_bias and qwen.per_head_dim == 128 and qwen.kv_heads == 2
@@ -83,9 +103,31 @@ def test_unknown_preset_and_wrong_changes_are_named():
     ("v3", {"topk_method": "greedy"}, "topk_method"),
     ("v3", {"hidden_act": "gelu"}, "hidden_act"),
     ("v3", {"attention_bias": True}, "attention_bias"),
-    ("v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    ("v3", {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling"),
-    ("v3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling"),
+    ("v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config lacks weight_block_size"),
+    ("v3", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.quant_method 'gptq'"),
+    ("v3", {"quantization_config": V3["quantization_config"] | {"weight_block_size": [64, 64]}}, "weight_block_size"),
+    ("v3", {"quantization_config": V3["quantization_config"] | {"activation_scheme": "static"}}, "activation_scheme"),
+    ("v3", {"quantization_config": [8]}, "quantization_config"),
+    ("v3", {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling of type yarn lacks original_max"),
+    ("v3", {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "factor": 0}}, "rope_scaling.factor is 0"),
+    ("v3", {"rope_scaling": V3["rope_scaling"] | {"mscale_all_dim": 0}}, "one of mscale and mscale_all_dim"),
+    ("v3", {"rope_scaling": V3["rope_scaling"] | {"attention_factor": 1.0}}, "attention_factor"),
+    ("v3", {"rope_scaling": V3["rope_scaling"] | {"truncate": False}}, "truncate"),
+    ("v3", {"rope_scaling": V3["rope_scaling"] | {"attention_temperature": 2}}, "attention_temperature"),
+    ("v3", {"rope_scaling": LLAMA3["rope_scaling"]}, "llama3"),
+    ("v3", {"rope_interleave": False}, "rope_interleave False is not supported; true"),
+    ("v3", {"moe_layer_freq": 2}, "moe_layer_freq 2"),
+    ("v2", {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
+    ("v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+    ("v2", {"norm_topk_prob": True}, "norm_topk_prob true"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling .* of type 'dynamic'"),
+    ("llama", {"rope_scaling": {"type": ["yarn"], "factor": 2.0}}, "of type .'yarn'. is not supported"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section"),
+    ("llama3", {"rope_scaling": LLAMA3["rope_scaling"] | {"high_freq_factor": 1.0}}, "high_freq_factor 1.0 must be over"),
+    ("distill", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("llama", {"n_routed_experts": 8, "num_experts_per_tok": 2}, "n_routed_experts"),
+    ("llama", {"head_dim": 63}, "head_dim 63"),
     ("v3", {"n_routed_experts": 250}, "n_routed_experts 250"),
     ("v3", {"topk_group": 9}, "topk_group 9"),
     ("v3", {"num_experts_per_tok": 129}, "num_experts_per_tok 129"),

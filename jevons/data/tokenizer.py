@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from jevons import chat
 from jevons.chat import ASSISTANT, BOS, CHAT_TEMPLATE, END_THINK, EOS, PAD, SPECIAL_TOKENS, THINK, USER, Renderer
 
 # Qwen2's tokenizer.json, as llama.cpp knows it by the name "qwen2": every digit is a word of its own.
@@ -21,6 +22,7 @@ PRETOKENIZE_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PLACEHOLDER = "<｜place▁holder▁no▁{}｜>"  # DeepSeek's name for ids that mean nothing
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SHOWN = (THINK, END_THINK)  # R1 keeps its tags when special tokens are skipped; parsers rely on it
 
 
@@ -40,15 +42,22 @@ class DecodeStream:
 
 
 class Tokenizer:
-    """`special` maps each of chat.SPECIAL_TOKENS to its id; `vocab_size` is the largest id plus one."""
+    """`special` maps each of chat.SPECIAL_TOKENS to its id; `vocab_size` is the largest id plus one.
 
-    def __init__(self, full: tokenizers.Tokenizer, special: dict[str, int], config: dict[str, Any] | None = None):
+    `chat_template` is the one of `config` (tokenizer_config.json) where a checkpoint brings its own, else ours; a token of
+    ours that such a checkpoint does not have has the id -1. `stop_ids` end an answer too, beside eos: Llama 3 has several.
+    """
+
+    def __init__(self, full: tokenizers.Tokenizer, special: dict[str, int], config: dict[str, Any] | None = None,
+                 source: str = "tokenizer_config.json"):
         self._full = full
         # A copy of it without added tokens: the one that reads text.
         raw = json.loads(full.to_str()) | {"added_tokens": [], "post_processor": None}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(raw))
-        self._config = config or {}
+        self._config, self._source = config or {}, source
+        self.chat_template: str = self._config.get("chat_template", CHAT_TEMPLATE)
         self.special = special
+        self.stop_ids: tuple[int, ...] = ()
         self.vocab_size = max(full.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -80,7 +89,16 @@ class Tokenizer:
         return DecodeStream(self._full, skip_special)
 
     def renderer(self) -> Renderer:
-        return Renderer(self.encode, self.special)
+        """The renderer of the checkpoint's own template. Raises ChatError where that is none."""
+        if self.chat_template == CHAT_TEMPLATE:
+            return Renderer(self.encode, self.special)
+        added = {token.content: index for index, token in self._full.get_added_tokens_decoder().items()}
+        variables = {role: token for role in _ROLES if (token := _token(self._config.get(role)))}
+        return chat.TemplateRenderer(self.chat_template, self.encode, self._encode_special, self.special, added, variables,
+                                     self._source)
+
+    def _encode_special(self, text: str) -> list[int]:
+        return self._full.encode(_clean(text), add_special_tokens=False).ids
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json. The same tokenizer always gives the same bytes."""
@@ -101,7 +119,8 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Read a directory's tokenizer.json, Jevons' own or a foreign one.
 
-        A foreign one may lack DeepSeek's tokens. Its own bos, eos and pad then take their part, and the chat tokens
+        A foreign one with a chat template (chat_template.jinja, or in tokenizer_config.json) keeps it, and its tokens.
+        One without may lack DeepSeek's tokens. Its own bos, eos and pad then take their part, and the chat tokens
         get ids that its model has rows for and its tokenizer leaves unused. Raises TokenizerError if there are none.
         """
         path = Path(directory) / "tokenizer.json"
@@ -112,9 +131,25 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from None
         model = _read_json(path.with_name("config.json"))
-        config = _read_json(path.with_name("tokenizer_config.json"))
-        return cls(full, _find_special(full, model, config, str(path)), {"model_max_length": config["model_max_length"]}
-                   if isinstance(config.get("model_max_length"), int) else None)
+        source = path.with_name("tokenizer_config.json")
+        config = _read_json(path.with_name("special_tokens_map.json")) | _read_json(source)
+        template = _own_template(path.parent, config)
+        if template is None:
+            kept = {"model_max_length": config["model_max_length"]} if isinstance(config.get("model_max_length"), int) else None
+            return cls(full, _find_special(full, model, config, str(path)), kept)
+        raw = json.loads(full.to_str())  # a thought's tags must come out as text, whatever the file calls them
+        raw["added_tokens"] = [t | {"special": t["special"] and t["content"] not in _SHOWN} for t in raw["added_tokens"]]
+        full = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        tokenizer = cls(full, _find_special(full, model, config, str(path), add=False), config | {"chat_template": template},
+                        str(source))
+        for ends in (model.get("eos_token_id"), _read_json(path.with_name("generation_config.json")).get("eos_token_id")):
+            ids = ends if isinstance(ends, list) else [ends]
+            tokenizer.stop_ids += tuple(i for i in ids if type(i) is int and i not in (tokenizer.eos_id, *tokenizer.stop_ids))
+        try:
+            tokenizer.renderer()
+        except chat.ChatError as error:
+            raise TokenizerError(str(error)) from None
+        return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -161,22 +196,40 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _find_special(full: tokenizers.Tokenizer, model: dict, config: dict, source: str) -> dict[str, int]:
-    """Ids of SPECIAL_TOKENS in a tokenizer that may lack some; those without a stand-in are added to it."""
+def _token(value: Any) -> str | None:
+    """A token of tokenizer_config.json, which is its text or an object that holds it."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _own_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """The chat template that a checkpoint brings, None where there is none or it is ours. Raises TokenizerError."""
+    file, template = directory / "chat_template.jinja", config.get("chat_template")
+    try:
+        if file.is_file():
+            template = file.read_text(encoding="utf-8")
+        elif isinstance(template, list):  # several by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{directory}: the chat template cannot be read: {type(error).__name__}: {error}") from None
+    return template if isinstance(template, str) and template != CHAT_TEMPLATE else None
+
+
+def _find_special(full: tokenizers.Tokenizer, model: dict, config: dict, source: str, add: bool = True) -> dict[str, int]:
+    """Ids of SPECIAL_TOKENS in a tokenizer that may lack some; those without a stand-in are added to it, or are -1."""
     special = {token: full.token_to_id(token) for token in SPECIAL_TOKENS}
 
     def own(role: str) -> int | None:
         """The id of its own bos, eos or pad: by tokenizer_config.json, else by config.json."""
-        token = config.get(f"{role}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        index = full.token_to_id(token) if isinstance(token, str) else None
+        token = _token(config.get(f"{role}_token"))
+        index = full.token_to_id(token) if token else None
         if index is None:
             index = model.get(f"{role}_token_id")
         index = index[0] if isinstance(index, list) and index else index
         return index if isinstance(index, int) else None
 
-    if special[EOS] is None:
-        special[EOS] = own("eos")
+    if special[EOS] is None or not add:
+        special[EOS] = own("eos") if own("eos") is not None else special[EOS]
     if special[EOS] is None:
         raise TokenizerError(f"{source}: no end-of-sequence token; eos_token in tokenizer_config.json would name it")
     for token, role in ((BOS, "bos"), (PAD, "pad")):
@@ -184,7 +237,9 @@ def _find_special(full: tokenizers.Tokenizer, model: dict, config: dict, source:
             index = own(role)
             special[token] = special[EOS] if index is None else index
     missing = [token for token in (USER, ASSISTANT, THINK, END_THINK) if special[token] is None]
-    if missing:
+    if not add:
+        special |= dict.fromkeys(missing, -1)
+    elif missing:
         # Added tokens follow the largest id, which must not be past the model's last embedding row.
         used = max(full.get_vocab(with_added_tokens=True).values()) + 1
         rows = model.get("vocab_size", 0)

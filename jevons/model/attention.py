@@ -14,7 +14,9 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
+from jevons.numerics import dense
 
+INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
 SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
 Segments = list[tuple[int, int]]  # (rows, length): flat tokens are rows_0 * length_0 tokens, then rows_1 * length_1, ...
 
@@ -90,15 +92,15 @@ class MLA(nn.Module):
         super().__init__()
         c = self.config = config
         self.heads, self.nope, self.rope, self.v = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        self.scale = (self.nope + self.rope) ** -0.5
+        self.scale = c.softmax_scale
         q_rows = c.q_lora_rank or self.heads * (self.nope + self.rope)
         self.qkv_a_proj = Linear(c.hidden_size, q_rows + c.kv_lora_rank + self.rope, parts={
             "q_a_proj" if c.q_lora_rank else "q_proj": q_rows, "kv_a_proj_with_mqa": c.kv_lora_rank + self.rope})
         self.split = [q_rows, c.kv_lora_rank, self.rope]
         if c.q_lora_rank:
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, INNER_EPS)
             self.q_b_proj = Linear(c.q_lora_rank, self.heads * (self.nope + self.rope))
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, INNER_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
 
@@ -121,7 +123,8 @@ class MLA(nn.Module):
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R."""
         q_nope, q_rope, latent_NC, k_rope_NR = self._queries_and_latent(x_ND, rope_NR)
         cache.write(layer, meta.cells_N, torch.cat([latent_NC, k_rope_NR], dim=-1))
-        w_k, w_v = self.kv_b_proj.weight.to(x_ND.dtype).view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], dim=1)
+        w_kv = dense(self.kv_b_proj.weight, x_ND.dtype).view(self.heads, self.nope + self.v, -1)
+        w_k, w_v = w_kv.split([self.nope, self.v], dim=1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # [N, H, C]
         q = pad_queries(torch.cat([q_latent, q_rope], dim=-1) * self.scale, meta)
         kept_SLW = cache.read(layer, meta).to(q.dtype)

@@ -6,15 +6,18 @@ R rotary width, C latent width (kv_lora_rank), E experts, K experts per token, V
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jevons.numerics import linear
+from jevons.config import ModelConfig, yarn_mscale
+from jevons.numerics import Fp8Weight, Rows, Weight, linear
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
+Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
 
 
 class Linear(nn.Module):
@@ -35,12 +38,37 @@ class Linear(nn.Module):
     def hf_views(self, name: str) -> Iterator[HFView]:
         """Published names beside `name`, this module's own local name, with views of the rows they own."""
         parts = self.parts or {name: self.weight.shape[0]}
+        held = [self.weight] if not isinstance(self.weight, Rows) else self.weight.parts
         row = 0
-        for part, rows in parts.items():
-            yield f"{part}.weight", self.weight[row : row + rows]
+        for index, (part, rows) in enumerate(parts.items()):
+            if isinstance(self.weight, nn.Parameter):
+                yield f"{part}.weight", self.weight[row : row + rows]
+            else:
+                yield from packed_views(f"{part}.weight", held[index])
             if self.bias is not None:
                 yield f"{part}.bias", self.bias[row : row + rows]
             row += rows
+
+
+    def hold(self, prefix: str, fetch: Fetch) -> None:
+        """Take the weights that `fetch` gives, each where it lies, in place of one's own parameters. For inference."""
+        at = prefix.rfind(".") + 1
+        names = [prefix[:at] + part for part in self.parts or (prefix[at:],)]
+        weights = [fetch(f"{name}.weight") for name in names]
+        del self.weight
+        one = weights[0] if len(weights) == 1 else Rows(weights)
+        self.weight = nn.Parameter(one, requires_grad=False) if isinstance(one, torch.Tensor) else one
+        if self.bias is not None:
+            self.bias = nn.Parameter(torch.cat([fetch(f"{name}.bias") for name in names]), requires_grad=False)
+
+
+def packed_views(name: str, weight: Weight) -> Iterator[HFView]:
+    """A weight that is no parameter under its published name, FP8 with its scales."""
+    if isinstance(weight, Fp8Weight):
+        yield name, weight.codes
+        yield f"{name}_scale_inv", weight.scale_inv
+    else:
+        yield name, weight
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +79,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the input's precision; the mean of squares is taken in float32."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -67,11 +95,34 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def rotary_table(dim: int, length: int, theta: float) -> torch.Tensor:
-    """cos and sin of every position: [length, 2, dim/2], float32 (angles in float64: position 1e5 loses digits else)."""
-    inv = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * inv
-    return torch.stack([angle.cos(), angle.sin()], dim=1).float()
+def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Radians per position of each pair [R/2] (float64), and what cos and sin are multiplied with."""
+    dim = config.qk_rope_head_dim if config.is_deepseek else config.per_head_dim
+    inv = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    s = config.rope_scaling
+    if s is None:
+        return inv, 1.0
+    factor, original = s["factor"], s["original_max_position_embeddings"]
+    if s["rope_type"] == "llama3":  # long waves are divided, short ones kept, those between blended by their turns
+        turns = original * inv / (2 * math.pi)
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        return inv * (keep + (1 - keep) / factor), 1.0
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that makes so many turns over the original length."""
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = max(math.floor(pair(s.get("beta_fast", 32))), 0), min(math.ceil(pair(s.get("beta_slow", 1))), dim - 1)
+    divide = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)).clamp(0, 1)
+    m = yarn_mscale(factor, s.get("mscale", 1.0)) / (yarn_mscale(factor, s["mscale_all_dim"]) if "mscale_all_dim" in s else 1.0)
+    return inv * (1 - divide + divide / factor), s.get("attention_factor", m)
+
+
+def rotary_table(config: ModelConfig) -> torch.Tensor:
+    """cos and sin of every position: [length, 2, R/2], float32 (angles in float64: position 1e5 loses digits else)."""
+    inv, magnitude = rotary_frequencies(config)
+    angle = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * inv
+    return torch.stack([angle.cos(), angle.sin()], dim=1).mul_(magnitude).float()
 
 
 def rotate(x1: torch.Tensor, x2: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:

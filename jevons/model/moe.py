@@ -1,4 +1,6 @@
-"""DeepSeekMoE (V3 report, section 2.1.2): sigmoid gate, group-limited choice, shared expert, auxiliary-free balancing."""
+"""DeepSeekMoE (V3 report, section 2.1.2): sigmoid gate, group-limited choice, shared expert, auxiliary-free balancing.
+
+V2's gate is a softmax without bias, its groups' score their best expert, its weights the scores as they are."""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from torch import nn
 
 from jevons.config import ModelConfig
 from jevons.model.attention import Segments
-from jevons.model.layers import MLP, HFView
-from jevons.numerics import grouped_linear
+from jevons.model.layers import MLP, Fetch, HFView, packed_views
+from jevons.numerics import Rows, grouped_linear
 
 ALIGN = 32
 
@@ -33,11 +35,17 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         yield f"{name}.weight", self.weight
-        yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
+        if self.config.has_router_bias:
+            yield f"{name}.e_score_correction_bias", self.e_score_correction_bias
+
+    def hold(self, prefix: str, fetch: Fetch) -> None:
+        self.weight = nn.Parameter(fetch(f"{prefix}.weight"), requires_grad=False)
+        if self.config.has_router_bias:
+            self.e_score_correction_bias = fetch(f"{prefix}.e_score_correction_bias").float()
 
     def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None) -> Routing:
         """Choose by s + b within the best groups; weigh by the unbiased s (facts: V3's own gate, in float32).
@@ -47,12 +55,13 @@ class Gate(nn.Module):
         """
         c = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+            scores = F.linear(x_ND.float(), self.weight.float())
+            scores = scores.sigmoid() if c.scoring_func == "sigmoid" else scores.softmax(-1)
         with torch.no_grad():
-            choice = scores + self.e_score_correction_bias
+            choice = scores + self.e_score_correction_bias if c.has_router_bias else scores
             if c.n_group > 1:
                 groups = choice.unflatten(-1, (c.n_group, -1))
-                group_score = groups.topk(2, dim=-1).values.sum(-1)
+                group_score = groups.topk(2, dim=-1).values.sum(-1) if c.has_router_bias else groups.amax(-1)
                 best = group_score.topk(c.topk_group, dim=-1).indices
                 dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, best, False)
                 choice = groups.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
@@ -86,8 +95,8 @@ class Gate(nn.Module):
 
 
 class ExpertBank(nn.Module):
-    """The routed experts, stacked [E, ...]. A bank over a memory-mapped checkpoint may hold one view per expert instead;
-    callers only ever call `forward`."""
+    """The routed experts, stacked [E, ...]. A bank over a memory-mapped checkpoint holds a list with one weight per expert
+    instead (`hold`); callers only ever call `forward`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -96,10 +105,22 @@ class ExpertBank(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, self.inter))
 
     def hf_views(self, name: str) -> Iterator[HFView]:
+        if isinstance(self.down_proj, list):
+            for e, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+                for part, weight in zip(("gate", "up", "down"), (*gate_up.parts, down), strict=True):
+                    yield from packed_views(f"{name}.{e}.{part}_proj.weight", weight)
+            return
         for e in range(self.gate_up_proj.shape[0]):
             yield f"{name}.{e}.gate_proj.weight", self.gate_up_proj[e, : self.inter]
             yield f"{name}.{e}.up_proj.weight", self.gate_up_proj[e, self.inter :]
             yield f"{name}.{e}.down_proj.weight", self.down_proj[e]
+
+    def hold(self, prefix: str, fetch: Fetch) -> None:
+        """One weight per expert, as `fetch` gives it, without a stacking copy. For inference."""
+        experts = range(self.gate_up_proj.shape[0])
+        del self.gate_up_proj, self.down_proj
+        self.gate_up_proj = [Rows([fetch(f"{prefix}.{e}.{part}_proj.weight") for part in ("gate", "up")]) for e in experts]
+        self.down_proj = [fetch(f"{prefix}.{e}.down_proj.weight") for e in experts]
 
     def forward(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Sum over a token's K experts of weight * expert(x): no token is ever dropped."""

@@ -15,7 +15,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.attention import GQA, MLA, Segments
 from jevons.model.cache import BatchMeta, KVCache
-from jevons.model.layers import MLP, HFView, Linear, RMSNorm, rotary_table
+from jevons.model.layers import MLP, Fetch, HFView, Linear, RMSNorm, rotary_table
 from jevons.model.moe import Gate, MoE, Routing
 
 
@@ -73,11 +73,32 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.mtp = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
-        rope_dim = config.qk_rope_head_dim if config.is_deepseek else config.per_head_dim
-        self.register_buffer("rope", rotary_table(rope_dim, config.max_position_embeddings, config.rope_theta), persistent=False)
+        self.register_buffer("rope", torch.empty(0), persistent=False)
+
+    def allocate(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        """Give a model that was built on the meta device its memory; parameters stay uninitialised."""
+        self.to(dtype).to_empty(device=device)
+        self._finish(device)
+
+    def hold(self, fetch: Fetch, device: torch.device | str) -> None:
+        """Take every tensor as `fetch(published name)` gives it: memory maps and FP8 blocks stay as they are. Without
+        gradients, for inference; the model was built on the meta device."""
+        _hold(self.embed_tokens, "model.embed_tokens", fetch)
+        self._finish(device)
+        _hold(self.norm, "model.norm", fetch)
+        if not self.config.tie_word_embeddings:
+            self.lm_head.hold("lm_head", fetch)
+        for index, block in enumerate([*self.layers, *self.mtp]):
+            _hold(block, f"model.layers.{index}", fetch)
+
+    def _finish(self, device: torch.device | str) -> None:
+        """Ties, and buffers, which are float32 whatever the parameters are."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rope = rotary_table(self.config).to(device)
+        for gate in self.routers():
+            gate.e_score_correction_bias = torch.zeros(self.config.n_routed_experts, device=device)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices and embeddings normal with std `initializer_range`, norms 1, biases 0 (report section 4.2)."""
@@ -215,10 +236,25 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[HFView]:
         yield f"{prefix}.{name}", parameter
 
 
-def build_model(config: ModelConfig, seed: int | None = None, device: torch.device | str = "cpu") -> CausalLM:
-    """The network of `config`; initialised with `seed`, or left uninitialised for loading (None)."""
-    with torch.device(device):
+def _hold(module: nn.Module, prefix: str, fetch: Fetch) -> None:
+    """`hold` for everything below `prefix`; the counterpart of `_walk`."""
+    for name, child in module.named_children():
+        if hasattr(child, "hold"):
+            child.hold(f"{prefix}.{name}", fetch)
+        else:
+            _hold(child, f"{prefix}.{name}", fetch)
+    for name in dict(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(fetch(f"{prefix}.{name}"), requires_grad=False))
+
+
+def build_model(config: ModelConfig, seed: int | None = None, device: torch.device | str = "cpu",
+                dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The network of `config`; initialised with `seed`, or left uninitialised for loading (None). On the device "meta"
+    it has shapes only, until `allocate` or `hold`."""
+    with torch.device("meta"):
         model = CausalLM(config)
+    if torch.device(device).type != "meta":
+        model.allocate(device, dtype)
     if seed is not None:
         model.init_weights(torch.Generator(device="cpu").manual_seed(seed))
     return model

@@ -1,5 +1,5 @@
 """Numerics: the one door every projection goes through, and the precisions behind it."""
 
-from jevons.numerics.linear import PackedWeight, Weight, grouped_linear, linear
+from jevons.numerics.linear import Fp8Weight, PackedWeight, Rows, Weight, dense, grouped_linear, linear
 
-__all__ = ["PackedWeight", "Weight", "grouped_linear", "linear"]
+__all__ = ["Fp8Weight", "PackedWeight", "Rows", "Weight", "dense", "grouped_linear", "linear"]

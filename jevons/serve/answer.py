@@ -32,11 +32,14 @@ class StopFilter:
 
 
 class Answer:
-    """Token events of one request to thought and answer, with their counts. `finish` is set at the end."""
+    """Token events of one request to thought and answer, with their counts. `finish` is set at the end.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]):
+    `prompt_ids` tell whether the thought is open already; without them it is."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_ids: Sequence[int] | None = None):
         self._decoder, self._eos = tokenizer.decode_stream(), tokenizer.special[EOS]
-        self._stop, self._parser = StopFilter(stops), ReasoningParser()
+        self._stop, self._parser = StopFilter(stops), (
+            ReasoningParser() if prompt_ids is None else ReasoningParser.after(prompt_ids, tokenizer))
         self.tokens = self.reasoning_tokens = 0
         self.finish: str | None = None
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -134,8 +135,10 @@ class ChatRun:
             ids = await asyncio.to_thread(tokenizer.renderer().prompt, self.conversation)
         finally:
             api.loading -= 1
-        self.answer, self.model = Answer(tokenizer, self.body.stops()), host.model_name or self.model
-        self.stream = host.submit(types.Request(ids, self.body.sampling()), epoch)
+        self.answer = Answer(tokenizer, self.body.stops(), ids)
+        self.model = host.model_name or self.model
+        params = replace(self.body.sampling(), stop_token_ids=tokenizer.stop_ids)
+        self.stream = host.submit(types.Request(ids, params), epoch)
 
     def _close(self, finish: str) -> None:
         """Free the engine's slot and book what was used."""

@@ -17,14 +17,20 @@ import torch
 from jevons.config import ModelConfig
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM, build_model
+from jevons.numerics import Fp8Weight, Weight
+from jevons.numerics.fp8 import BLOCK
 from jevons.store.files import CheckpointError, StoreError, fsync
-from jevons.store.safetensors_io import read_headers, read_tensors, write_tensors
+from jevons.store.safetensors_io import TensorInfo, map_tensor, read_headers, read_tensor, write_tensors
 
 PROVENANCE = "provenance.json"
 _UNFINISHED = ".unfinished"  # holds a new version until all of it is on the disk
 _FLOAT32_ALWAYS = ".e_score_correction_bias"  # V3's released checkpoints keep it so; bf16 would undo balancing
 _EMBED = "model.embed_tokens.weight"
 _HARMLESS = ".rotary_emb.inv_freq"  # a buffer that old Llama checkpoints carry
+_SCALE = "_scale_inv"  # X.weight_scale_inv: one float per 128 x 128 block of an FP8 X.weight
+_FP8 = "F8_E4M3"
+_FLOATS = ("F32", "BF16", "F16")
+_QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 
 
 @dataclass
@@ -54,7 +60,8 @@ def save_checkpoint(directory: str | Path, model: CausalLM, tokenizer: Tokenizer
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_json(aside / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")})
+        fp8 = {"quantization_config": _QUANTISATION} if any(name.endswith(_SCALE) for name in tensors) else {}
+        _write_json(aside / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")} | fp8)
         _write_json(aside / "generation_config.json", ids)
         _write_json(aside / PROVENANCE, provenance)
         if tokenizer:
@@ -78,11 +85,13 @@ def save_checkpoint(directory: str | Path, model: CausalLM, tokenizer: Tokenizer
 
 
 def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                    need_tokenizer: bool = True) -> LoadedCheckpoint:
-    """Read a checkpoint directory, Jevons' own or a foreign one; parameters as `dtype` (None: float32).
+                    need_tokenizer: bool = True, frozen: bool = False) -> LoadedCheckpoint:
+    """Read a checkpoint directory, Jevons' own or a foreign one; parameters as `dtype` (None: float32), FP8 dequantised.
 
-    Strict: a missing, surplus or mis-shaped tensor is a CheckpointError that names it and its file; ConfigError and
-    TokenizerError come through. `need_tokenizer=False` gives tokenizer None where there is no tokenizer.json.
+    `frozen` is for inference: what is stored as `dtype` (None: as the embedding is stored) stays in the files' memory map,
+    FP8 weights stay FP8 blocks. Either way tensors come one by one: the peak is the model and one of them.
+    Strict: a missing, surplus, mis-shaped or mis-typed tensor is a CheckpointError that names it and its file; ConfigError
+    and TokenizerError come through. `need_tokenizer=False` gives tokenizer None where there is no tokenizer.json.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -97,19 +106,43 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", d
             raise CheckpointError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, config.json's vocab_size is "
                                   f"{config.vocab_size}; the embedding needs a row for every id")
     headers = {n: info for n, info in read_headers(directory).items() if not n.endswith(_HARMLESS)}
-    model = build_model(config, device=device)
-    _check(directory, model, headers)
-    tensors = read_tensors(directory, headers)
-    if config.tie_word_embeddings and not torch.equal(tensors.get("lm_head.weight", tensors[_EMBED]), tensors[_EMBED]):
-        raise CheckpointError(f"{headers['lm_head.weight'].file}: lm_head.weight differs from {_EMBED}, but config.json has "
-                              "tie_word_embeddings true; false would be right")
-    try:
-        model.load_hf_state_dict({name: tensors[name] for name in headers})
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{directory}: {error.args[0]}") from None
-    if dtype is not None:
-        for parameter in model.parameters():  # buffers (router bias, rotary table) stay float32
-            parameter.data = parameter.data.to(dtype)
+    model = build_model(config, device="meta")
+    copies = _check(directory, model, headers)
+    files: dict[Path, torch.Tensor] = {}
+    for copy, name in copies.items():
+        pair = [map_tensor(headers[n], files) for n in (copy, name)]
+        if not torch.equal(*(pair if pair[0].dtype == pair[1].dtype else [t.float() for t in pair])):
+            hint = (", but config.json has tie_word_embeddings true; false would be right" if copy == "lm_head.weight"
+                    else ", which it is a copy of")
+            raise CheckpointError(f"{headers[copy].file}: {copy} differs from {name}{hint}")
+
+    def fp8(name: str, of: dict[Path, torch.Tensor]) -> Fp8Weight:
+        return Fp8Weight(map_tensor(headers[name], of).to(device), _scales(headers, name).to(device))
+
+    if frozen:
+        dtype = dtype or headers[_EMBED].torch_dtype
+
+        def fetch(name: str) -> Weight:
+            info = headers[name]
+            if info.dtype == _FP8:
+                return fp8(name, files)
+            wanted = torch.float32 if name.endswith(_FLOAT32_ALWAYS) else dtype
+            mapped = info.torch_dtype == wanted and torch.device(device).type == "cpu"
+            return map_tensor(info, files) if mapped else read_tensor(info).to(device, wanted)
+
+        model.hold(fetch, device)
+    else:
+        model.allocate(device, dtype or torch.float32)
+        for name, view in model.hf_state_dict().items():
+            info = headers.get(name)
+            if info is None or name in copies:
+                continue
+            if info.dtype == _FP8:
+                view.copy_(fp8(name, {}).dense(view.dtype))
+            elif info.torch_dtype == view.dtype and view.device.type == "cpu":
+                read_tensor(info, view)
+            else:
+                view.copy_(read_tensor(info))
     return LoadedCheckpoint(model.eval(), config, tokenizer, read_provenance(directory))
 
 
@@ -129,29 +162,56 @@ def read_provenance(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a JSON object: {error}") from None
 
 
-def _check(directory: Path, model: CausalLM, headers: dict) -> None:
-    """Names and shapes against the network's, before any byte is read. Copies under the MTP layer may be absent."""
+def _check(directory: Path, model: CausalLM, headers: dict[str, TensorInfo]) -> dict[str, str]:
+    """Names, shapes and types against the network's, before any byte is read; which tensors must equal which others.
+
+    Copies of embedding and head, under the MTP layer and of a tied head, may be absent."""
     views, config = model.hf_state_dict(), model.config
     hint = "; the fields of config.json and the tensors do not belong together"
     mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
-    optional = {n for n in views if n.startswith(mtp) and n.endswith((".embed_tokens.weight", ".shared_head.head.weight"))}
-    surplus_allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    head = _EMBED if config.tie_word_embeddings else "lm_head.weight"
+    copies = {n: _EMBED for n in views if n.startswith(mtp) and n.endswith(".embed_tokens.weight")}
+    copies |= {n: head for n in views if n.startswith(mtp) and n.endswith(".shared_head.head.weight")}
+    if config.tie_word_embeddings:
+        copies["lm_head.weight"] = _EMBED
+    shapes = {name: tuple(view.shape) for name, view in views.items()} | {n: tuple(views[_EMBED].shape) for n in copies}
     for name, info in headers.items():
-        if name not in views and name not in surplus_allowed:
-            raise CheckpointError(f"{info.file}: tensor {name} has no place in this {config.architecture}{hint}")
-        if name in views and info.shape != tuple(views[name].shape):
-            raise CheckpointError(f"{info.file}: tensor {name} has shape {list(info.shape)}; "
-                                  f"{list(views[name].shape)} would be right by config.json")
-    missing = [name for name in views if name not in headers and name not in optional]
+        where, weight = f"{info.file}: tensor {name}", headers.get(name.removesuffix(_SCALE))
+        if name.endswith(_SCALE) and weight is not None and name.removesuffix(_SCALE) in shapes:
+            if weight.dtype != _FP8:
+                raise CheckpointError(f"{where} scales a tensor that is stored as {weight.dtype}; {_FP8} would need it")
+            right, types = tuple(-(-n // BLOCK) for n in weight.shape), ("F32", "BF16")
+        elif name in shapes:
+            scaled = name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and name + _SCALE in headers
+            right, types = shapes[name], (*_FLOATS, _FP8) if scaled else _FLOATS
+        else:
+            raise CheckpointError(f"{where} has no place in this {config.architecture}{hint}")
+        if info.shape != right:
+            raise CheckpointError(f"{where} has shape {list(info.shape)}; {list(right)} would be right by config.json")
+        if info.dtype not in types:
+            hint = f" ({_FP8} needs a projection with its {name}{_SCALE})" if info.dtype == _FP8 else ""
+            raise CheckpointError(f"{where} is stored as {info.dtype}; {' or '.join(types)} would be right{hint}")
+    missing = [name for name in views if name not in headers and name not in copies]
     if missing:
         where = ", ".join(sorted({info.file.name for info in headers.values()})[:3])
         if all(name.startswith(mtp) for name in missing):
             hint = "; num_nextn_predict_layers 0 in config.json would be right for a checkpoint without its MTP layer"
         raise CheckpointError(f"{directory}: tensor {missing[0]} ({len(missing)} in all) is missing from {where}{hint}")
+    return {copy: name for copy, name in copies.items() if copy in headers}
+
+
+def _scales(headers: dict[str, TensorInfo], name: str) -> torch.Tensor:
+    """The scales of an FP8 weight, float32. Raises CheckpointError where one is not a scale."""
+    info = headers[name + _SCALE]
+    scales = read_tensor(info).float()
+    if (bad := scales[~((scales >= 0) & scales.isfinite())]).numel():
+        raise CheckpointError(f"{info.file}: tensor {name}{_SCALE} holds {bad[0].item()}; "
+                              "finite numbers from 0 on would be right")
+    return scales
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    if dtype is None or not tensor.is_floating_point() or name.endswith(_FLOAT32_ALWAYS):
+    if dtype is None or not tensor.is_floating_point() or name.endswith((_FLOAT32_ALWAYS, _SCALE)) or tensor.itemsize == 1:
         return tensor
     return tensor.to(dtype)
 

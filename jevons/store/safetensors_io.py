@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from jevons.store.files import CheckpointError, StoreError, fsync, temporary, write_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the format's own bound
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-          "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+          "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32,
+          "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
+    start: int  # bytes, counted from `base`
     end: int
+    base: int  # where the file's data begins
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -53,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not a safetensors header: {error}") from None
     header.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
     at, data = 0, size - 8 - length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != at:
@@ -67,16 +73,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
+def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-        if not whole or end - start != math.prod(shape) * _BYTES[dtype]:
+        if not whole or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: tensor {name} is described by {entry!r:.200}, where dtype, shape and data_offsets "
                               "do not agree or are not known") from None
-    return TensorInfo(path, dtype, tuple(shape), start, end)
+    return TensorInfo(path, dtype, tuple(shape), start, end, base)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,15 +129,40 @@ def read_headers(directory: str | Path) -> dict[str, TensorInfo]:
 def read_tensors(directory: str | Path, headers: dict[str, TensorInfo] | None = None) -> dict[str, torch.Tensor]:
     """Tensors by name, mapped from the files: reading one touches only its own bytes. Raises CheckpointError."""
     headers = read_headers(directory) if headers is None else headers
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted({info.file for info in headers.values()}):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensors[name] = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return tensors
+    files: dict[Path, torch.Tensor] = {}
+    return {name: map_tensor(info, files) for name, info in headers.items()}
+
+
+def map_tensor(info: TensorInfo, files: dict[Path, torch.Tensor]) -> torch.Tensor:
+    """A view of the file's memory map (private: what is written to it stays here). `files` keeps the maps of all calls."""
+    try:
+        if info.file not in files:
+            size = info.file.stat().st_size
+            files[info.file] = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(info.file), False, size))
+        raw = files[info.file][info.base + info.start : info.base + info.end]
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{info.file} cannot be mapped: {error}") from error
+    if raw.nbytes != info.end - info.start:
+        raise CheckpointError(f"{info.file} became shorter while it was being read")
+    if (info.base + info.start) % info.torch_dtype.itemsize:  # a foreign writer that aligns nothing
+        raw = raw.clone()
+    return raw.view(info.torch_dtype).view(info.shape)
+
+
+def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor read into memory of its own, or into `out` (contiguous, on the CPU, of its type). Raises CheckpointError."""
+    out = torch.empty(info.shape, dtype=info.torch_dtype) if out is None else out
+    room = memoryview(out.flatten().view(torch.uint8).numpy())
+    try:
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.base + info.start)
+            while len(room):
+                if not (count := file.readinto(room)):  # Linux reads at most 2 GiB at a time
+                    raise CheckpointError(f"{info.file} became shorter while it was being read")
+                room = room[count:]
+    except OSError as error:
+        raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from error
+    return out
 
 
 def write_tensors(directory: str | Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 5 * 10**9) -> list[str]:

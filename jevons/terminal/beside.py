@@ -11,6 +11,16 @@ from typing import Any
 CHAT_BATCH = 16
 
 
+def context_that_fits(config: Any, sequences: int) -> int:
+    """Tokens a sequence may have, the model's own limit where half of this machine's memory holds the cache of so many
+    (float32, as the engine keeps it): published models have contexts that no small machine can hold for a full batch."""
+    from jevons.plan import kv_bytes_per_token
+    from jevons.runtime import Runtime
+
+    tokens = int(Runtime.detect().memory_gib * 2**29) // (kv_bytes_per_token(config, 4) * sequences)
+    return config.max_position_embeddings if not tokens else min(config.max_position_embeddings, tokens)
+
+
 class StopSignal:
     """Ctrl-C (or SIGTERM) once: stop at the next step, with the state saved. Twice: stop at once; the last save stays."""
 
@@ -66,7 +76,7 @@ class Beside:
         self.host.set_engine(None)
         self.tokenizer = tokenizer
         self.host.set_engine(Engine(model, tokenizer.eos_id, max_batch=max_batch, max_waiting=4 * max_batch,
-                                    max_len=model.config.max_position_embeddings, tokenizer=tokenizer), name)
+                                    max_len=context_that_fits(model.config, max_batch), tokenizer=tokenizer), name)
 
     def run_forever(self, stop: StopSignal) -> None:
         """Serve until Ctrl-C."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
-from jevons.terminal.beside import Beside, StopSignal, use_threads
+from jevons.terminal.beside import Beside, StopSignal, context_that_fits, use_threads
+
+MAPPED_FROM = 2**30  # bytes
 
 
 def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dict[str, Any] | None = None) -> Any:
@@ -28,12 +31,10 @@ def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dic
 
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
                         temperature: float, max_tokens: int, as_json: bool, dump: Path | None) -> None:
-    from jevons.store.checkpoint import load_checkpoint
-
     if dump is not None and not dump.resolve().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no directory {dump.parent}")
     use_threads()
-    loaded = load_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint)
     the_task = _trained_task(loaded.provenance, task, {"numbers": numbers} if numbers is not None else None)
     from jevons.reason.evaluate import evaluate
 
@@ -53,10 +54,8 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
                      allow_hosts: list[str], api_key: str | None) -> None:
-    from jevons.store.checkpoint import load_checkpoint
-
     use_threads()
-    loaded = load_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint)
     task = None
     with contextlib.suppress(ValueError):  # a foreign checkpoint was taught something we do not know
         task = _trained_task(loaded.provenance)
@@ -64,6 +63,9 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
         beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key)
+        if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
+            console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
+                          f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
         beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
         beside.run_forever(stop)
@@ -72,13 +74,12 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
 def chat_with(checkpoint: Path, temperature: float, max_tokens: int) -> None:
     """A loop of questions; Ctrl-C ends an answer, Ctrl-D the chat."""
     from jevons.engine.engine import Engine
-    from jevons.store.checkpoint import load_checkpoint
 
     use_threads()
-    loaded = load_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint)
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
-                    max_len=loaded.config.max_position_embeddings)
+                    max_len=context_that_fits(loaded.config, 1))
     taught = loaded.provenance.get("taught") or loaded.config.architecture
     console.print(f"{taught}. Ctrl-D ends the chat.", style="dim", markup=False, soft_wrap=True)
     seed = 0
@@ -109,8 +110,9 @@ def _answer(engine: Any, tokenizer: Any, question: str, temperature: float, max_
     from jevons.chat import ReasoningParser
     from jevons.engine.types import Request, SamplingParams
 
-    parser, stream = ReasoningParser(), tokenizer.decode_stream()
-    engine.submit(Request(tokenizer.renderer().question(question), SamplingParams(max_tokens, temperature, seed=seed)))
+    prompt = tokenizer.renderer().question(question)
+    parser, stream = ReasoningParser.after(prompt, tokenizer), tokenizer.decode_stream()
+    engine.submit(Request(prompt, SamplingParams(max_tokens, temperature, seed=seed, stop_token_ids=tokenizer.stop_ids)))
     while engine.has_work:
         for event in engine.step():
             if event.error:
@@ -135,16 +137,60 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
     counts = asdict(count_parameters(config))
     values: dict[str, Any] = {"architecture": config.architecture, "layers": config.num_hidden_layers,
                               "hidden size": config.hidden_size, "vocabulary": config.vocab_size,
-                              "context": config.max_position_embeddings, "parameters": f"{counts['total']:,}",
-                              "of these active": f"{counts['active']:,}"}
+                              "context": config.max_position_embeddings, "rope scaling": _rope_in_words(config),
+                              "parameters": f"{counts['total']:,}", "of these active": f"{counts['active']:,}"}
     if config.is_moe:
         values["experts"] = (f"{config.n_routed_experts} routed, {config.num_experts_per_tok} a token, "
                              f"{config.n_shared_experts} shared")
-    if counts["mtp"]:
-        values["MTP module"] = f"{counts['mtp']:,}"
+    values["MTP module"] = f"{counts['mtp']:,}" if counts["mtp"] else "none"
     values["cache bytes a token (bf16)"] = kv_bytes_per_token(config)
+    values |= _describe_files(checkpoint)
     provenance = read_provenance(checkpoint)
     values |= {k: v for k, v in provenance.items() if k not in ("recipe_text", "scores", "task")}
     for score in provenance.get("scores", []):
         values[f"score of {score['name']}"] = f"{score['accuracy']:.1%} right of {score['n']} held-out problems"
     return values
+
+
+def _rope_in_words(config: Any) -> str:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return "none"
+    original = scaling["original_max_position_embeddings"]
+    return f"{scaling['rope_type']}, {scaling['factor']:g} times the original {original}"
+
+
+def _describe_files(checkpoint: Path) -> dict[str, Any]:
+    """Precision and shards by the headers, which are checked whole; tokenizer and template."""
+    from collections import Counter
+
+    from jevons.chat import CHAT_TEMPLATE
+    from jevons.data.tokenizer import Tokenizer, TokenizerError
+    from jevons.store.safetensors_io import read_headers
+
+    headers = read_headers(checkpoint)
+    elements: Counter[str] = Counter()
+    for info in headers.values():
+        elements[info.dtype] += math.prod(info.shape)
+    files = {info.file for info in headers.values()}
+    size = sum(file.stat().st_size for file in files)
+    values: dict[str, Any] = {"precision": [f"{dtype} {count:,}" for dtype, count in elements.most_common()],
+                              "shards": f"{len(files)}, {size / 1e9:.2f} GB, {len(headers):,} tensors"}
+    try:
+        tokenizer = Tokenizer.load(checkpoint)
+        template = "Jevons' (R1's prompt)" if tokenizer.chat_template == CHAT_TEMPLATE else "its own"
+        values |= {"tokenizer": f"{tokenizer.vocab_size:,} ids", "chat template": template}
+    except TokenizerError as error:
+        values["tokenizer"] = f"none that can be used: {error}"
+    return values
+
+
+def open_checkpoint(checkpoint: Path) -> Any:
+    """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
+    one is copied: stacked experts and fused projections run faster than views."""
+    from jevons.store.checkpoint import load_checkpoint
+    from jevons.store.safetensors_io import read_headers
+
+    headers = read_headers(checkpoint) if (checkpoint / "config.json").is_file() else {}
+    large = sum(info.end - info.start for info in headers.values()) > MAPPED_FROM
+    return load_checkpoint(checkpoint, frozen=large or any(info.dtype == "F8_E4M3" for info in headers.values()))
