@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,19 +24,14 @@ from jevons.numerics.fp8 import BLOCK, quantise_blocks
 from jevons.store.checkpoint import PROVENANCE, read_provenance
 from jevons.store.files import StoreError, fsync, temporary
 from jevons.store.safetensors_io import INDEX, SINGLE
-from jevons.store.stream import SCALE, Source, in_fp8, keeps_float32
+from jevons.store.stream import SCALE, ConvertError, Progress, Source, in_fp8, keeps_float32
 
 FORMATS = ("hf", "fp8", "bf16", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 QUANTISATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, template, generation settings, model card
-Progress = Callable[[int, int], None]  # bytes of the source read so far, and in all
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-class ConvertError(ValueError):
-    """A conversion that is not possible; the message says what would be."""
 
 
 @dataclass
@@ -75,8 +70,7 @@ def convert(checkpoint: str | Path, to: str, out: str | Path | None = None, gguf
         if to == "gguf":
             from jevons.store.gguf import write_gguf
 
-            notes = write_gguf(source, unfinished, gguf_type, progress)
-            count = len(source.tensors)
+            count, notes = write_gguf(source, unfinished, gguf_type, progress)
         else:
             notes, count = [], _write_directory(source, unfinished, to, progress, max_shard_bytes)
         nbytes = sum(p.stat().st_size for p in ([unfinished] if to == "gguf" else unfinished.iterdir()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from jevons.store.checkpoint import is_complete
 from jevons.store.files import CheckpointError
 from jevons.store.safetensors_io import TensorInfo, read_headers
 
+Progress = Callable[[int, int], None]  # bytes of the source read so far, and in all
 SCALE = "_scale_inv"  # X.weight_scale_inv: one float32 per 128 x 128 block of X.weight, a multiplier despite its name
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _FP8 = "F8_E4M3"
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints carry it; every reader computes its own
 # what DeepSeek stores in FP8: the projections of attention, dense MLPs and experts; `eh_proj` is named like one and is none
 _PROJECTION = re.compile(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
+
+
+class ConvertError(ValueError):
+    """A conversion that is not possible; the message says what would be."""
 
 
 def in_fp8(name: str, shape: tuple[int, ...]) -> bool:
