@@ -158,6 +158,18 @@ def pull(repo: Annotated[str, typer.Argument(help="repository on the hub, owner/
     typer.echo(f"{out} is whole; `jevons info {out}` says what it is")
 
 
+@app.command()
+def convert(checkpoint: CheckpointArgument,
+            to: Annotated[str, typer.Option("--to", help="hf (float32, as training keeps it), bf16, fp8 or gguf")],
+            out: Annotated[Path | None, typer.Option("--out", help="directory or GGUF file (default: beside it)")] = None,
+            gguf_type: Annotated[str | None, typer.Option("--type", help="GGUF: f16 (default), bf16, q8_0 or q4_0")] = None,
+            force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False) -> None:
+    """A checkpoint in another precision or format: for training, transformers, FP8 inference, llama.cpp."""
+    from jevons.terminal.convert import convert_checkpoint
+
+    convert_checkpoint(checkpoint, to, out, gguf_type, force)
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
