@@ -136,7 +136,7 @@ class TemplateRenderer(Renderer):
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             return environment.from_string(template)
-        except (TemplateError, RecursionError) as error:
+        except (TemplateError, ArithmeticError, MemoryError, RecursionError) as error:  # constants are folded here
             raise ChatError(f"{self.source}: the chat template is not one: {error}") from None
 
     def text(self, messages: Sequence[dict[str, Any]]) -> str:
@@ -149,7 +149,8 @@ class TemplateRenderer(Renderer):
             return self._template.render(messages=plain, tools=None, documents=None, add_generation_prompt=True, **self.variables)
         except SecurityError as error:
             raise ChatError(f"{self.source}: the chat template reaches for Python's internals: {error}") from None
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError,
+                RecursionError) as error:
             raise ChatError(f"{self.source}: the chat template refuses these messages: {error}") from None
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:

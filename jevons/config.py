@@ -201,6 +201,11 @@ class ModelConfig(BaseModel):
         values["rope_scaling"] = _rope_scaling(rope, architecture, source)
         if "num_mtp_layers" in raw:  # transformers' newer name
             values.setdefault("num_nextn_predict_layers", raw["num_mtp_layers"])
+        if architecture == DEEPSEEK_V3 and values.get("n_routed_experts"):
+            # programs disagree on what their absence means, and no tensor's shape would tell
+            missing = [name for name in ("n_group", "topk_group", "routed_scaling_factor") if name not in raw]
+            if missing:
+                raise ConfigError(f"{source}: {', '.join(missing)} missing; a mixture of experts needs its router's settings")
         if architecture in (DEEPSEEK_V3, DEEPSEEK_V2):
             for name in ("num_key_value_heads", "head_dim"):  # the latent is shared by all heads; they say nothing
                 values.pop(name, None)

@@ -149,6 +149,14 @@ def test_what_is_not_implemented_is_refused_by_name(name, changes, message):
     assert str(error.value).startswith("some/config.json: ")
 
 
+@pytest.mark.parametrize("name", ["n_group", "topk_group", "routed_scaling_factor"])
+def test_a_router_without_its_settings_is_refused(name):
+    raw = next(dict(raw) for raw in PUBLISHED.values() if raw["architectures"] == ["DeepseekV3ForCausalLM"])
+    raw.pop(name)
+    with pytest.raises(ConfigError, match=f"{name} missing"):
+        ModelConfig.from_hf(raw)
+
+
 def test_rope_parameters_of_transformers_5():
     theta = random.choice([1e4, 1e6])
     raw = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling")}

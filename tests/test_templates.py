@@ -162,6 +162,13 @@ def test_a_template_that_is_none(tmp_path, template, message):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 1 / messages[0]['content'] | int }}", "{{ 'x' * 10 ** 15 }}"])
+def test_a_template_whose_arithmetic_fails_is_said(tmp_path, template):
+    foreign(tmp_path, "qwen", template=template)
+    with pytest.raises((ChatError, TokenizerError), match="the chat template"):
+        Tokenizer.load(tmp_path).renderer().question("0")
+
+
 def test_what_a_template_refuses_is_said(tmp_path):
     foreign(tmp_path, "llama")
     render = Tokenizer.load(tmp_path).renderer()
