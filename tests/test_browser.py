@@ -166,7 +166,7 @@ def site(chromium, tmp_path):
     def open_page(path="/", **options):
         contexts.append(chromium.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # a browser that has just started on a busy machine
         page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", note)
