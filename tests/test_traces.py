@@ -27,24 +27,25 @@ def draw(author, numbers, rng):
     return task, problem, task.trace(problem, rng)
 
 
-def check_line(match, target):
-    """One line of search against its own meaning: every sum is right, and the verdict is about the finished ones."""
-    last, finished = match[1], []
+def check_line(match, target, pair):
+    """One line of search against its own meaning: every sum is right, and the verdict is about the finished ones. `pair`:
+    two numbers are left beside the last one, and the first sum is of both."""
+    last, others, finished = int(match[1]), None, []
     tries = match[2].removesuffix(";").split(";")
     for number, attempt in enumerate(tries):
-        for chain in attempt.split(","):
+        for position, chain in enumerate(attempt.split(",")):
             first, *more = chain.split("=")
-            for term in more:
-                value = re.match("[0-9]+", term)[0]
-                assert exact(first) == int(value), match[0]
-                if last in re.findall("[0-9]+", first):  # perhaps one of the two others, of the same value
-                    finished.append(int(value))
+            for depth, term in enumerate(more):
+                value = int(re.match("[0-9]+", term)[0])
+                assert exact(first) == value, match[0]
+                operands = sorted(map(int, re.findall("[0-9]+", first)))
+                others = others or operands
+                if not (pair and position == depth == 0 and operands == others):
+                    assert last in operands, match[0]
+                    finished.append(value)
                 first = term
         assert target not in finished or number == len(tries) - 1, match[0]
-    if match[3] == "yes":
-        assert finished[-1] == target, match[0]
-    else:  # unless the others' sum alone is the target
-        assert target not in finished or last in re.findall("[0-9]+", re.sub("=.*", "", match[2])), match[0]
+    assert value == target if match[2] and match[3] == "yes" else target not in finished, match[0]
 
 
 @pytest.mark.parametrize("author", list(traces.AUTHORS))
@@ -58,7 +59,7 @@ def test_all_arithmetic_and_every_verdict_is_right(author, numbers, seed):
     assert thought.endswith("\n") and "\n" not in answer
     for line in thought.splitlines():
         if match := LINE.fullmatch(line):
-            check_line(match, target)
+            check_line(match, target, numbers > 2)
         elif taken := re.fullmatch(r"take (.*)=([0-9]+): ([0-9,]+)", line):
             assert exact(taken[1]) == int(taken[2]) and taken[2] in taken[3].split(",")
         else:
