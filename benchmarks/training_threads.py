@@ -2,8 +2,8 @@
 
     python benchmarks/training_threads.py --steps 60
 
-Both sides read the same documents and run the whole step (forward, backward, optimizer), in turns. Prints tokens per
-second (medians) and the ratio, also with one thread alone.
+Both sides read the same documents and run the whole step (forward, backward, optimizer; the next documents are made beside
+it, as in a run), in turns. Prints tokens per second (medians) and the ratio, also with one thread alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def main() -> None:
             for name, (threads, _) in sides.items():
                 loop = loops[name]
                 torch.set_num_threads(threads)
-                loop.objective.next_batch(step)  # made now, so that no side pays for it
                 started = time.perf_counter()
                 result = loop._step()
                 seconds = time.perf_counter() - started

@@ -261,15 +261,20 @@ class ModelConfig(BaseModel):
     def load(cls, directory: str | Path) -> ModelConfig:
         """The config of a checkpoint directory. Raises ConfigError naming the file."""
         path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist; a checkpoint directory holds config.json beside its safetensors") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} holds {type(raw).__name__}; an object would be right")
-        return cls.from_hf(raw, str(path))
+        return cls.from_hf(read_config(path), str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A `config.json` as it stands. Raises ConfigError naming the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint directory holds config.json beside its safetensors") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; an object would be right")
+    return raw
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -47,7 +47,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 _V3_TRAINING: dict[str, Any] = dict(gpu="h800", gpus=2048, tokens=14.8e12, pp=16, ep=64, schedule="dualpipe",
                                     micro_batches=120)  # batch 15360 rows over 128 pipelines; V3 report 3.2, 4.2
 _DISTILLED: dict[str, Any] = dict(tokens=2 * 804_745 * 5_355)  # two epochs of the 800k traces, R1 table 5
-# How each model was trained; the planner's defaults. V2's number of GPUs is not published.
+# How each model was trained; the planner's defaults. How many GPUs V2 and V2-Lite had is an assumption of ours, as are V2's
+# micro-batches.
 TRAININGS: dict[str, dict[str, Any]] = {
     "deepseek-v3": _V3_TRAINING, "deepseek-r1": _V3_TRAINING,
     "deepseek-v2": dict(gpu="h800", gpus=1024, tokens=8.1e12, pp=16, ep=8, schedule="zb1p", micro_batches=64),

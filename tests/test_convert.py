@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from jevons.cli import app
-from jevons.config import ModelConfig
+from jevons.config import ConfigError, ModelConfig
 from jevons.data.tokenizer import train_tokenizer
 from jevons.model import build_model
 from jevons.store import convert as cv
@@ -205,7 +205,7 @@ SCALE = "model.layers.0.self_attn.o_proj.weight_scale_inv"
 
 
 @pytest.mark.parametrize("value,message", [
-    (torch.nan, "scale_inv has nan"), (-1e-3, "scale_inv has -0.001"), (torch.inf, "scale_inv has inf")])
+    (torch.nan, "scale_inv holds nan"), (-1e-3, "scale_inv holds -0.001"), (torch.inf, "scale_inv holds inf")])
 def test_scales_that_are_none(fp8, tmp_path, value, message):
     def spoil(tensors):
         tensors[SCALE].view(-1)[random.randrange(tensors[SCALE].numel())] = value
@@ -224,6 +224,8 @@ def test_scales_that_are_none(fp8, tmp_path, value, message):
     (lambda t: t.__setitem__("model.norm.weight_scale_inv", torch.ones(1, 1)), "model.norm.weight_scale_inv scales BF16"),
     (lambda t: t.__setitem__("nothing_scale_inv", torch.ones(1, 1)), "nothing_scale_inv scales no tensor"),
     (lambda t: t.__setitem__("model.norm.weight", torch.ones(160, dtype=torch.int32)), "model.norm.weight is I32"),
+    (lambda t: t[SCALE.removesuffix("_scale_inv")].view(torch.uint8)[3, 5].fill_(random.choice([0x7F, 0xFF])),
+     "o_proj.weight holds a value that is not finite"),
     (lambda t: t["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds a value that is not finite"),
 ])
 def test_tensors_that_cannot_be(fp8, tmp_path, change, message):
@@ -247,7 +249,7 @@ def test_what_is_refused(base, fp8, tmp_path):
             convert(base, **arguments)
     with pytest.raises(ConvertError, match="is fp8 already; --to hf, bf16, gguf would"):
         convert(fp8, "fp8", tmp_path / "again")
-    with pytest.raises(CheckpointError, match="config.json does not exist"):
+    with pytest.raises(ConfigError, match="config.json does not exist"):
         convert(tmp_path, "bf16")
     assert not list(tmp_path.iterdir())
 

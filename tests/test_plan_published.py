@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jevons.plan.counts import ARCHITECTURES, Shape, census, count_parameters
+from jevons.config import MODEL_TYPES
+from jevons.plan.counts import Shape, census, count_parameters
 from jevons.plan.reproduce import figures, markdown
 from jevons.published import CONFIGS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/plan.md"
-TYPES = dict(zip(ARCHITECTURES, ("deepseek_v3", "deepseek_v2", "qwen2", "llama"), strict=True))
 
 
 def on_meta(raw):
@@ -21,7 +21,7 @@ def on_meta(raw):
     fields = {k: v for k, v in raw.items() if k not in ("architectures", "quantization_config")}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[TYPES[raw["architectures"][0]]](**fields))
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[MODEL_TYPES[raw["architectures"][0]]](**fields))
 
 
 def one_of(raw):

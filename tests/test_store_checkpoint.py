@@ -182,7 +182,7 @@ def fail_at(monkeypatch, module, name, count):
     monkeypatch.setattr(module, name, failing)
 
 
-@pytest.mark.parametrize("name,count", [("_write_json", 0), ("_write_json", 2), ("write_tensors", 0), ("fsync", 3)])
+@pytest.mark.parametrize("name,count", [("write_json", 0), ("write_json", 2), ("write_tensors", 0), ("fsync", 3)])
 def test_full_disk_leaves_the_last_good_one(saved, monkeypatch, name, count):
     directory, model = saved
     before = sorted(p.name for p in directory.iterdir())

@@ -20,6 +20,7 @@ from jevons.engine.sampler import sample, uniform
 from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher
 from jevons.engine.types import Completion, Request, TokenEvent
 from jevons.model import CausalLM, KVCache, build_meta
+from jevons.plan import count_parameters
 
 PAGE = 32
 COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
@@ -36,7 +37,7 @@ class Engine:
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         self.scheduler = Scheduler(max_batch, max_len, max_waiting)
         device = model.embed_tokens.weight.device
-        self._alone = device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL
+        self._alone = device.type == "cpu" and count_parameters(model.config).total < SMALL
         self._pages = -(-max_len // PAGE)  # per slot
         self.cache = KVCache(model.config, max_batch * self._pages, PAGE, dtype=cache_dtype, device=device)
         self._table = torch.arange(max_batch * self._pages, device=device).view(max_batch, self._pages)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict
 
-from jevons.config import ConfigError, ModelConfig
+from jevons.config import DEEPSEEK_V2, DEEPSEEK_V3, MODEL_TYPES, QWEN2, ConfigError, ModelConfig
 
-_V2, _V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
-ARCHITECTURES = (_V3, _V2, "Qwen2ForCausalLM", "LlamaForCausalLM")
 FP8_BLOCK = 128
-_NO_COST = {"architecture", "rope_scaling", "rope_theta", "bos_token_id", "eos_token_id", "hidden_act", "initializer_range"}
+_NO_COST = {"architecture", "scoring_func", "topk_method", "norm_topk_prob", "rope_scaling", "rope_theta", "bos_token_id",
+            "eos_token_id", "hidden_act", "initializer_range"}
 
 
 class PlanError(ValueError):
@@ -24,33 +23,27 @@ class Shape(ModelConfig):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    architecture: Literal["DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM"]
-    scoring_func: str = "sigmoid"
-    topk_method: str = "noaux_tc"
     published_fp8: bool = False
-
-    @property
-    def is_deepseek(self) -> bool:
-        return self.architecture in (_V2, _V3)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> Shape:
         """What a `config.json` costs. Fields that change no size are passed over; raises PlanError for the others."""
         named = raw.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else named
-        if architecture not in ARCHITECTURES:
-            raise PlanError(f"{source}: architectures {named!r} is not one of {', '.join(ARCHITECTURES)}")
-        qwen = architecture == "Qwen2ForCausalLM"
+        if architecture not in MODEL_TYPES:
+            raise PlanError(f"{source}: architectures {named!r} is not one of {', '.join(MODEL_TYPES)}")
+        qwen = architecture == QWEN2
         for name, only in (("moe_layer_freq", 1), ("mlp_bias", False), *([] if qwen else [("attention_bias", False)])):
             if raw.get(name, only) != only:
                 raise PlanError(f"{source}: {name} {raw[name]!r} is not supported for {architecture}; {only} would be right")
         missing = [name for name, field in cls.model_fields.items() if field.is_required() and name not in raw]
-        if missing[1:]:
-            raise PlanError(f"{source}: {missing[1]} is missing; a positive number would be right")
-        values = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False} if architecture == _V2 else {}
-        values |= {k: v for k, v in raw.items() if k in cls.model_fields and k not in _NO_COST and v is not None}
+        if missing:
+            raise PlanError(f"{source}: {missing[0]} is missing; a positive number would be right")
+        values = {k: v for k, v in raw.items() if k in cls.model_fields and k not in _NO_COST and v is not None}
         values |= {"architecture": architecture, "attention_bias": qwen, "published_fp8": bool(raw.get("quantization_config"))}
-        if architecture in (_V2, _V3):
+        if architecture == DEEPSEEK_V2:  # the gate changes no size, but decides what groups may be
+            values |= {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+        if architecture in (DEEPSEEK_V2, DEEPSEEK_V3):
             values.pop("num_key_value_heads", None)  # the latent is shared by all heads; the field says nothing
         try:
             shape = cls.build(values, source)
@@ -122,7 +115,7 @@ def count_parameters(c: ModelConfig) -> Parameters:
     mtp = c.num_nextn_predict_layers * (attention_parameters(c) + ffn_parameters(c, last, False) + norm_parameters(c)
                                         + 2 * c.hidden_size**2 + 3 * c.hidden_size)
     total = embedding + head + attention + moe + dense + norms
-    biases = c.n_routed_experts * sum(map(c.layer_is_moe, layers)) if c.architecture == _V3 else 0
+    biases = c.n_routed_experts * sum(map(c.layer_is_moe, layers)) if c.has_router_bias else 0
     return Parameters(embedding, head, attention, moe, dense, norms, mtp, total, active, biases)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jevons.config import PRESETS, preset
+from jevons.config import PRESETS, preset, read_config
 from jevons.plan.counts import PlanError, Shape, census, count_parameters, forward_flops, kv_beside, training_flops
 from jevons.plan.hardware import HARDWARE, WEIGHT_BYTES, serving, training_cost, weight_bytes
 from jevons.plan.layout import BUBBLES, Layout, bubble, memory_by_device
@@ -51,20 +50,12 @@ def _nearest(name: str, known: list[str]) -> str:
 def find_shape(model: str) -> tuple[str, Shape]:
     """(name, shape) of a published model, a preset, a `config.json`, or a directory that holds one.
 
-    Raises PlanError naming the file and what is wrong, or the nearest known name."""
+    Raises ConfigError or PlanError naming the file and what is wrong, or the nearest known name."""
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
     if path.suffix == ".json" or path.is_file():
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"{path} does not exist; a config.json or a checkpoint directory would be right") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PlanError(f"{path} is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise PlanError(f"{path} holds {type(raw).__name__}; an object would be right")
-        return path.parent.resolve().name, Shape.from_hf(raw, str(path))
+        return path.parent.resolve().name, Shape.from_hf(read_config(path), str(path))
     name = model.lower()
     if name in CONFIGS:
         return name, Shape.from_hf(CONFIGS[name], name)

@@ -82,7 +82,8 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, n: int = 1000, s
     engine = Engine(model, tokenizer.eos_id, max_batch=min(max_batch, n * samples),
                     max_len=min(room, model.config.max_position_embeddings))
     completions = engine.generate([
-        Request(prompt, SamplingParams(max_tokens, temperature, seed=(seed << 32) + i * samples + k))
+        Request(prompt, SamplingParams(max_tokens, temperature, seed=(seed << 32) + i * samples + k,
+                                       stop_token_ids=tokenizer.stop_ids))
         for i, prompt in enumerate(prompts) for k in range(samples)], on_step)
     if any(c.finish_reason == "error" for c in completions):
         raise ValueError("the model's logits are not finite; a weight is damaged")

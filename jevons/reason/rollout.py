@@ -97,7 +97,8 @@ class Roller:
         requests = []
         for problem in problems:
             prompt = self._render.question(problem.prompt)
-            requests += [Request(prompt, SamplingParams(stage.max_tokens, stage.temperature, seed=rng.getrandbits(63)))
+            requests += [Request(prompt, SamplingParams(stage.max_tokens, stage.temperature, seed=rng.getrandbits(63),
+                                                        stop_token_ids=self.tokenizer.stop_ids))
                          for _ in range(stage.group_size)]
         completions = self.engine.generate(requests)
         episodes = []

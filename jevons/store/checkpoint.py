@@ -19,18 +19,17 @@ from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM, build_model
 from jevons.numerics import Fp8Weight, Weight
 from jevons.numerics.fp8 import BLOCK
-from jevons.store.files import CheckpointError, StoreError, fsync
+from jevons.store.files import CheckpointError, StoreError, fsync, write_json
 from jevons.store.safetensors_io import TensorInfo, map_tensor, read_headers, read_tensor, write_tensors
 
 PROVENANCE = "provenance.json"
 _UNFINISHED = ".unfinished"  # holds a new version until all of it is on the disk
-_FLOAT32_ALWAYS = ".e_score_correction_bias"  # V3's released checkpoints keep it so; bf16 would undo balancing
 _EMBED = "model.embed_tokens.weight"
-_HARMLESS = ".rotary_emb.inv_freq"  # a buffer that old Llama checkpoints carry
-_SCALE = "_scale_inv"  # X.weight_scale_inv: one float per 128 x 128 block of an FP8 X.weight
-_FP8 = "F8_E4M3"
+HARMLESS = ".rotary_emb.inv_freq"  # a buffer that old Llama checkpoints carry
+SCALE = "_scale_inv"  # X.weight_scale_inv: one float per 128 x 128 block of an FP8 X.weight
+FP8 = "F8_E4M3"
 _FLOATS = ("F32", "BF16", "F16")
-_QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+QUANTISATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 
 
 @dataclass
@@ -60,10 +59,10 @@ def save_checkpoint(directory: str | Path, model: CausalLM, tokenizer: Tokenizer
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        fp8 = {"quantization_config": _QUANTISATION} if any(name.endswith(_SCALE) for name in tensors) else {}
-        _write_json(aside / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")} | fp8)
-        _write_json(aside / "generation_config.json", ids)
-        _write_json(aside / PROVENANCE, provenance)
+        fp8 = {"quantization_config": QUANTISATION} if any(name.endswith(SCALE) for name in tensors) else {}
+        write_json(aside / "config.json", config.to_hf() | {"torch_dtype": str(stored).removeprefix("torch.")} | fp8)
+        write_json(aside / "generation_config.json", ids)
+        write_json(aside / PROVENANCE, provenance)
         if tokenizer:
             tokenizer.save(aside)
         write_tensors(aside, tensors, max_shard_bytes)
@@ -89,15 +88,14 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", d
     """Read a checkpoint directory, Jevons' own or a foreign one; parameters as `dtype` (None: float32), FP8 dequantised.
 
     `frozen` is for inference: what is stored as `dtype` (None: as the embedding is stored) stays in the files' memory map,
-    FP8 weights stay FP8 blocks. Either way tensors come one by one: the peak is the model and one of them.
+    FP8 weights stay FP8 blocks, their codes unread. Either way tensors come one by one: the peak is the model and one more.
     Strict: a missing, surplus, mis-shaped or mis-typed tensor is a CheckpointError that names it and its file; ConfigError
     and TokenizerError come through. `need_tokenizer=False` gives tokenizer None where there is no tokenizer.json.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give one that holds config.json and model.safetensors")
-    if (directory / _UNFINISHED).exists() and not is_complete(directory):
-        raise CheckpointError(f"{directory} is incomplete: writing it was interrupted; run the stage that writes it again")
+    check_finished(directory)
     config = ModelConfig.load(directory)
     tokenizer = None
     if need_tokenizer or (directory / "tokenizer.json").is_file():
@@ -105,7 +103,7 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", d
         if tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, config.json's vocab_size is "
                                   f"{config.vocab_size}; the embedding needs a row for every id")
-    headers = {n: info for n, info in read_headers(directory).items() if not n.endswith(_HARMLESS)}
+    headers = {n: info for n, info in read_headers(directory).items() if not n.endswith(HARMLESS)}
     model = build_model(config, device="meta")
     copies = _check(directory, model, headers)
     files: dict[Path, torch.Tensor] = {}
@@ -116,17 +114,14 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", d
                     else ", which it is a copy of")
             raise CheckpointError(f"{headers[copy].file}: {copy} differs from {name}{hint}")
 
-    def fp8(name: str, of: dict[Path, torch.Tensor]) -> Fp8Weight:
-        return Fp8Weight(map_tensor(headers[name], of).to(device), _scales(headers, name).to(device))
-
     if frozen:
         dtype = dtype or headers[_EMBED].torch_dtype
 
         def fetch(name: str) -> Weight:
             info = headers[name]
-            if info.dtype == _FP8:
-                return fp8(name, files)
-            wanted = torch.float32 if name.endswith(_FLOAT32_ALWAYS) else dtype
+            if info.dtype == FP8:
+                return Fp8Weight(map_tensor(info, files).to(device), _read_scales(headers, name).to(device))
+            wanted = torch.float32 if keeps_float32(name) else dtype
             mapped = info.torch_dtype == wanted and torch.device(device).type == "cpu"
             return map_tensor(info, files) if mapped else read_tensor(info).to(device, wanted)
 
@@ -137,13 +132,24 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", d
             info = headers.get(name)
             if info is None or name in copies:
                 continue
-            if info.dtype == _FP8:
-                view.copy_(fp8(name, {}).dense(view.dtype))
+            if info.dtype == FP8:
+                view.copy_(read_fp8(headers, name))
             elif info.torch_dtype == view.dtype and view.device.type == "cpu":
                 read_tensor(info, view)
             else:
                 view.copy_(read_tensor(info))
     return LoadedCheckpoint(model.eval(), config, tokenizer, read_provenance(directory))
+
+
+def check_finished(directory: Path) -> None:
+    """Raises CheckpointError where `save_checkpoint` was interrupted while it moved files into place."""
+    if (directory / _UNFINISHED).exists() and not is_complete(directory):
+        raise CheckpointError(f"{directory} is incomplete: writing it was interrupted; run the stage that writes it again")
+
+
+def keeps_float32(name: str) -> bool:
+    """V3's released checkpoints keep the router's bias so in every precision; bf16 would undo balancing."""
+    return name.endswith(".e_score_correction_bias")
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -176,20 +182,20 @@ def _check(directory: Path, model: CausalLM, headers: dict[str, TensorInfo]) -> 
         copies["lm_head.weight"] = _EMBED
     shapes = {name: tuple(view.shape) for name, view in views.items()} | {n: tuple(views[_EMBED].shape) for n in copies}
     for name, info in headers.items():
-        where, weight = f"{info.file}: tensor {name}", headers.get(name.removesuffix(_SCALE))
-        if name.endswith(_SCALE) and weight is not None and name.removesuffix(_SCALE) in shapes:
-            if weight.dtype != _FP8:
-                raise CheckpointError(f"{where} scales a tensor that is stored as {weight.dtype}; {_FP8} would need it")
+        where, weight = f"{info.file}: tensor {name}", headers.get(name.removesuffix(SCALE))
+        if name.endswith(SCALE) and weight is not None and name.removesuffix(SCALE) in shapes:
+            if weight.dtype != FP8:
+                raise CheckpointError(f"{where} scales a tensor that is stored as {weight.dtype}; {FP8} would need it")
             right, types = tuple(-(-n // BLOCK) for n in weight.shape), ("F32", "BF16")
         elif name in shapes:
-            scaled = name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and name + _SCALE in headers
-            right, types = shapes[name], (*_FLOATS, _FP8) if scaled else _FLOATS
+            scaled = name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and name + SCALE in headers
+            right, types = shapes[name], (*_FLOATS, FP8) if scaled else _FLOATS
         else:
             raise CheckpointError(f"{where} has no place in this {config.architecture}{hint}")
         if info.shape != right:
             raise CheckpointError(f"{where} has shape {list(info.shape)}; {list(right)} would be right by config.json")
         if info.dtype not in types:
-            hint = f" ({_FP8} needs a projection with its {name}{_SCALE})" if info.dtype == _FP8 else ""
+            hint = f" ({FP8} needs a projection with its {name}{SCALE})" if info.dtype == FP8 else ""
             raise CheckpointError(f"{where} is stored as {info.dtype}; {' or '.join(types)} would be right{hint}")
     missing = [name for name in views if name not in headers and name not in copies]
     if missing:
@@ -200,21 +206,25 @@ def _check(directory: Path, model: CausalLM, headers: dict[str, TensorInfo]) -> 
     return {copy: name for copy, name in copies.items() if copy in headers}
 
 
-def _scales(headers: dict[str, TensorInfo], name: str) -> torch.Tensor:
+def read_fp8(headers: dict[str, TensorInfo], name: str) -> torch.Tensor:
+    """An FP8 weight dequantised to float32. Raises CheckpointError where a code or a scale is no finite number."""
+    codes = read_tensor(headers[name])
+    if (codes.view(torch.uint8) & 0x7F == 0x7F).any():  # E4M3's NaN, the only value that it has besides finite ones
+        raise CheckpointError(f"{headers[name].file}: tensor {name} holds a value that is not finite")
+    return Fp8Weight(codes, _read_scales(headers, name)).dense(torch.float32)
+
+
+def _read_scales(headers: dict[str, TensorInfo], name: str) -> torch.Tensor:
     """The scales of an FP8 weight, float32. Raises CheckpointError where one is not a scale."""
-    info = headers[name + _SCALE]
+    info = headers[name + SCALE]
     scales = read_tensor(info).float()
     if (bad := scales[~((scales >= 0) & scales.isfinite())]).numel():
-        raise CheckpointError(f"{info.file}: tensor {name}{_SCALE} holds {bad[0].item()}; "
+        raise CheckpointError(f"{info.file}: tensor {name}{SCALE} holds {bad[0].item()}; "
                               "finite numbers from 0 on would be right")
     return scales
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    if dtype is None or not tensor.is_floating_point() or name.endswith((_FLOAT32_ALWAYS, _SCALE)) or tensor.itemsize == 1:
+    if dtype is None or not tensor.is_floating_point() or keeps_float32(name) or name.endswith(SCALE) or tensor.itemsize == 1:
         return tensor
     return tensor.to(dtype)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -21,14 +21,13 @@ from pathlib import Path
 import torch
 
 from jevons.numerics.fp8 import BLOCK, quantise_blocks
-from jevons.store.checkpoint import PROVENANCE, read_provenance
-from jevons.store.files import StoreError, fsync, temporary
-from jevons.store.safetensors_io import INDEX, SINGLE
-from jevons.store.stream import SCALE, ConvertError, Progress, Source, in_fp8, keeps_float32
+from jevons.store.checkpoint import PROVENANCE, QUANTISATION, SCALE, keeps_float32, read_provenance
+from jevons.store.files import StoreError, fsync, temporary, write_json
+from jevons.store.safetensors_io import INDEX, shards
+from jevons.store.stream import ConvertError, Progress, Source, in_fp8
 
 FORMATS = ("hf", "fp8", "bf16", "gguf")
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_0")
-QUANTISATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 _CARRIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, template, generation settings, model card
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -106,8 +105,7 @@ def _write_directory(source: Source, directory: Path, to: str, progress: Progres
             units[name] = {name: (torch.float8_e4m3fn, info.shape), name + SCALE: (torch.float32, blocks)}
         else:
             units[name] = {name: (torch.float32 if keeps_float32(name) else dtype, info.shape)}
-    shards = list(_shards(units, max_shard_bytes))
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = shards({name: sum(map(_size, unit.values())) for name, unit in units.items()}, max_shard_bytes)
     total, done = sum(info.end - info.start for info in source.tensors.values()), 0
 
     def produce(names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
@@ -122,22 +120,22 @@ def _write_directory(source: Source, directory: Path, to: str, progress: Progres
             done += source.tensors[name].end - source.tensors[name].start
             progress(done, total)
 
-    for file, names in zip(files, shards, strict=True):
+    for file, names in files.items():
         write_stream(directory / file, {n: e for name in names for n, e in units[name].items()}, produce(names))
     if to == "fp8" or len(files) > 1:  # torch's own FP8 reader wants an index even for one file
         size = sum(_size(e) for unit in units.values() for e in unit.values())
-        weight_map = {n: file for file, names in zip(files, shards, strict=True) for name in names for n in units[name]}
-        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        weight_map = {n: file for file, names in files.items() for name in names for n in units[name]}
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(directory / "config.json", config | ({"quantization_config": QUANTISATION} if to == "fp8" else {}))
+    write_json(directory / "config.json", config | ({"quantization_config": QUANTISATION} if to == "fp8" else {}))
     for path in source.directory.iterdir():
         if path.is_file() and (path.suffix in _CARRIED or path.name.startswith("LICENSE")) \
                 and path.name not in ("config.json", INDEX, PROVENANCE):
             shutil.copyfile(path, directory / path.name)
     history = read_provenance(source.directory)
     steps = [*history.get("converted", [source.precision or "mixed"]), to]  # ["hf", "bf16", "fp8"]
-    _write_json(directory / PROVENANCE, history | {"converted": steps})
+    write_json(directory / PROVENANCE, history | {"converted": steps})
     for path in [*directory.iterdir(), directory]:
         fsync(path)
     return sum(map(len, units.values()))
@@ -163,19 +161,6 @@ def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return entry[0].itemsize * torch.Size(entry[1]).numel()
 
 
-def _shards(units: dict[str, Entries], limit: int) -> Iterable[list[str]]:
-    names: list[str] = []
-    size = 0
-    for name, entries in units.items():
-        own = sum(map(_size, entries.values()))
-        if names and size + own > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += own
-    yield names
-
-
 def _swap(new: Path, out: Path) -> None:
     """`new` takes the place of `out`. A directory there steps aside first and is put back when the move fails."""
     if not out.is_dir():
@@ -196,7 +181,3 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink()
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

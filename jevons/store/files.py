@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 class CheckpointError(ValueError):
@@ -41,3 +43,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise StoreError(error.errno, f"{path} could not be written: {error.strerror}") from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Plainly, into a directory that is not in its place yet. Raises OSError."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

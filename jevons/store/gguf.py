@@ -22,6 +22,7 @@ import torch
 from jevons.config import ModelConfig
 from jevons.data.tokenizer import PRETOKENIZE_REGEX
 from jevons.model import build_model
+from jevons.model.layers import rotary_frequencies
 from jevons.store.files import CheckpointError
 from jevons.store.stream import ConvertError, Progress, Source
 
@@ -58,8 +59,7 @@ def write_gguf(source: Source, path: Path, kind: str, progress: Progress) -> tup
     Raises ConvertError for a model or tokenizer that llama.cpp would not run right, CheckpointError naming a tensor that is
     missing, surplus, of a wrong shape or not finite in this type, ConfigError, OSError.
     """
-    raw = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    c = ModelConfig.from_hf(raw, str(source.directory / "config.json"))
+    c = ModelConfig.from_hf(source.config, str(source.directory / "config.json"))
     expected = {name: tuple(view.shape) for name, view in build_model(c, device="meta").hf_state_dict().items()}
     mtp = tuple(f"model.layers.{c.num_hidden_layers + i}." for i in range(c.num_nextn_predict_layers))
     _check(source, c, expected, mtp)
@@ -72,8 +72,8 @@ def write_gguf(source: Source, path: Path, kind: str, progress: Progress) -> tup
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
     entries = list(_entries(c, {n: s for n, s in expected.items() if not n.startswith(mtp)} if mtp else expected, names))
-    if rotary := _llama3_factors(c):
-        entries.append(_Entry("rope_freqs.weight", (len(rotary),), [""], lambda _: torch.tensor(rotary)))
+    if (rotary := _llama3_factors(c)) is not None:
+        entries.append(_Entry("rope_freqs.weight", tuple(rotary.shape), [""], lambda _: rotary))
     for entry in entries:
         entry.qtype = _type_of(entry, kind, c.tie_word_embeddings)
         block, size = gguf.GGML_QUANT_SIZES[entry.qtype]
@@ -223,7 +223,7 @@ def _describe(writer: gguf.GGUFWriter, c: ModelConfig) -> list[str]:
 
 def _describe_rope(writer: gguf.GGUFWriter, c: ModelConfig) -> None:
     rope = c.rope_scaling or {}
-    if rope.get("rope_type", rope.get("type")) != "yarn":
+    if rope.get("rope_type") != "yarn":
         return
     both = (rope.get("mscale", 0), rope.get("mscale_all_dim", 0))
     if rope.get("attention_factor") is not None or (both[0] != both[1] or not both[0] if c.is_deepseek else any(both)):
@@ -238,18 +238,12 @@ def _describe_rope(writer: gguf.GGUFWriter, c: ModelConfig) -> None:
         writer.add_rope_scaling_yarn_log_mul(0.1 * both[1])  # llama.cpp divides deepseek2's by 0.1 again
 
 
-def _llama3_factors(c: ModelConfig) -> list[float]:
-    """Llama 3 stretches slow frequencies; GGUF holds what each is divided by, [head_dim / 2]. Empty for other models."""
-    rope = c.rope_scaling or {}
-    if rope.get("rope_type", rope.get("type")) != "llama3":
-        return []
-    factors = []
-    for i in range(0, c.per_head_dim, 2):
-        turns = rope["original_max_position_embeddings"] / (2 * math.pi * c.rope_theta ** (i / c.per_head_dim))
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)  # 0: stretched, 1: as it was
-        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return factors
+def _llama3_factors(c: ModelConfig) -> torch.Tensor | None:
+    """Llama 3 stretches slow frequencies; GGUF holds what each is divided by, [head_dim / 2]. None for other models."""
+    if (c.rope_scaling or {}).get("rope_type") != "llama3":
+        return None
+    plain, _ = rotary_frequencies(c.model_copy(update={"rope_scaling": None}))
+    return (plain / rotary_frequencies(c)[0]).float()
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,9 +167,8 @@ def read_tensor(info: TensorInfo, out: torch.Tensor | None = None) -> torch.Tens
 def write_tensors(directory: str | Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 5 * 10**9) -> list[str]:
     """Write model.safetensors, or shards and their index over the limit; the names of the files. Raises StoreError."""
     directory = Path(directory)
-    shards = list(_shards(tensors, max_shard_bytes))
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
+    files = shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
+    for file, names in files.items():
         unfinished = temporary(directory / file)
         try:
             # clone: the format holds no views of one storage, and published names often are views of fused parameters
@@ -181,23 +179,23 @@ def write_tensors(directory: str | Path, tensors: dict[str, torch.Tensor], max_s
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
             raise StoreError(getattr(error, "errno", None), f"{directory / file} could not be written: {error}") from error
-    if len(shards) > 1:
+    if len(files) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                 "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}
+                 "weight_map": {name: file for file, names in files.items() for name in names}}
         write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
-        files.append(INDEX)
     fsync(directory)
-    return files
+    return [*files, INDEX] if len(files) > 1 else list(files)
 
 
-def _shards(tensors: dict[str, torch.Tensor], limit: int) -> Iterator[list[str]]:
-    """Names in order, a new list before the limit is passed; a tensor over the limit has one of its own."""
-    names: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor.nbytes
-    yield names
+def shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> the names in it, in order: a new file before `limit` bytes are passed; what is larger has one of its own."""
+    parts: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if parts[-1] and size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    count = len(parts)
+    return {SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(parts)}

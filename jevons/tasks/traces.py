@@ -92,7 +92,7 @@ def _line(table: list[Piece], index: int, target: int) -> tuple[str, Tree | None
         first = f"{made[0]}"
         for number, (finish, (value, tree)) in enumerate(_finishes(made, last, target)):
             if number == 0:  # goes on from the step where it begins with the step's result: 3+19=22+7=29
-                goes_on = finish[len(first)] in "+-*/" and finish.startswith(first)
+                goes_on = finish.startswith(first) and not finish[len(first)].isdigit()
                 finish = finish.removeprefix(first) if goes_on else f",{finish}"
             text += f"{finish};"
             if value == target:
@@ -103,7 +103,7 @@ def _line(table: list[Piece], index: int, target: int) -> tuple[str, Tree | None
 
 def _lasts(table: list[Piece]) -> list[int]:
     """Indices of the table in order, each value once: putting an equal number aside is the same search."""
-    return list({value: i for i, (value, _) in reversed(list(enumerate(table)))}.values())[::-1]
+    return [i for i, (value, _) in enumerate(table) if value not in [other for other, _ in table[:i]]]
 
 
 def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:

@@ -135,10 +135,11 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
 
     config = ModelConfig.load(checkpoint)
     counts = asdict(count_parameters(config))
+    total = counts["total"] + counts["router_biases"]
     values: dict[str, Any] = {"architecture": config.architecture, "layers": config.num_hidden_layers,
                               "hidden size": config.hidden_size, "vocabulary": config.vocab_size,
                               "context": config.max_position_embeddings, "rope scaling": _rope_in_words(config),
-                              "parameters": f"{counts['total']:,}", "of these active": f"{counts['active']:,}"}
+                              "parameters": f"{total:,}", "of these active": f"{counts['active']:,}"}
     if config.is_moe:
         values["experts"] = (f"{config.n_routed_experts} routed, {config.num_experts_per_tok} a token, "
                              f"{config.n_shared_experts} shared")
