@@ -102,8 +102,11 @@ def _line(table: list[Piece], index: int, target: int) -> tuple[str, Tree | None
 
 
 def _lasts(table: list[Piece]) -> list[int]:
-    """Indices of the table in order, each value once: putting an equal number aside is the same search."""
-    return [i for i, (value, _) in enumerate(table) if value not in [other for other, _ in table[:i]]]
+    """Indices of the table in order, each value once: putting an equal number aside is the same search. A value that comes
+    twice has the turn of its last place."""
+    last = {value: i for i, (value, _) in enumerate(table)}
+    first = {value: i for i, (value, _) in reversed(list(enumerate(table)))}
+    return [first[value] for value in sorted(last, key=last.get)]
 
 
 def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
