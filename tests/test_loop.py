@@ -5,6 +5,7 @@ import json
 import math
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -229,26 +230,40 @@ def test_micro_batches_add_up_to_one_update(tmp_path):
         assert one["tokens"] == other["tokens"]
 
 
-def test_micro_batches_on_two_cores_give_the_same_bits(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_micro_batches_on_two_cores_give_the_same_bits(tmp_path, dtype):
+    """One weight is used twice, and between its uses the other micro-batch ends: no cast of it may be shared or lost."""
     before, states = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             model = model_of()
             seen = set()
 
             class Watched(Noise):
-                def loss(self, micro, seen=seen):
-                    seen.add(threading.current_thread())
-                    return super().loss(micro)
+                def next_batch(self, step):
+                    batch = super().next_batch(step)
+                    self.first = batch[0][0]
+                    return batch
 
-            run(tmp_path / str(threads), model, Watched(model))
+                def loss(self, micro, seen=seen, threads=threads):
+                    seen.add(threading.current_thread())
+                    hidden = self.model.forward_train(micro, torch.arange(16).repeat(3), [(3, 16)]).hidden_ND
+                    one = self.model.logits(hidden[:24]).float()
+                    if threads == 2 and micro is self.first:
+                        time.sleep(0.05)
+                    two = self.model.logits(hidden[24:-1]).float()
+                    parts = super().loss(micro)
+                    loss = parts.loss + torch.nn.functional.cross_entropy(torch.cat([one, two]), micro[1:])
+                    return LossParts(loss, parts.sums, parts.load_RE)
+
+            run(tmp_path / f"{len(states)}", model, Watched(model, steps=4), dtype)
             assert (threading.main_thread() in seen) == (threads == 1)
             assert torch.get_num_threads() == threads
             states.append(model.state_dict())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(states[0][name], state[name]) for state in states[1:] for name in state)
 
 
 def test_gradients_are_clipped_to_the_norm_they_are_given(tmp_path):

@@ -121,7 +121,9 @@ class Loop:
         dtype = self.settings.dtype
 
         def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
-            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            # autocast's cache of cast weights is one for all threads, and whoever ends first empties it: whether a weight's
+            # gradients were summed in bf16 or float32 would be a race
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 parts = self.objective.loss(micro)
             return parts, torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)
 
