@@ -217,7 +217,7 @@ def test_llama3_factors_are_transformers(tmp_path):
     scaled, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
     config = llama(head_dim=128, rope_theta=5e5).model_copy(update={"rope_scaling": rope})
     plain = 5e5 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    torch.testing.assert_close(plain / torch.tensor(out._llama3_factors(config)).double(), scaled.double(), atol=1e-12, rtol=1e-5)
+    torch.testing.assert_close(plain / out._llama3_factors(config).double(), scaled.double(), atol=1e-12, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config,message", [
