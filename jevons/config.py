@@ -171,10 +171,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
         """Read a Hugging Face `config.json`. Raises ConfigError naming the field that is unknown or unsupported."""
-        architectures = raw.get("architectures")
-        architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
-        if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
-            raise ConfigError(f"{source}: architectures {architectures} is not one of {sorted(MODEL_TYPES)}")
+        architecture = architecture_of(raw, source)
         known = set(cls.model_fields) - {"architecture"}
         values: dict[str, Any] = {"architecture": architecture, "initializer_range": 0.02}
         if architecture == DEEPSEEK_V2:
@@ -275,6 +272,14 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; an object would be right")
     return raw
+
+
+def architecture_of(raw: dict[str, Any], source: str) -> str:
+    """The architecture a `config.json` names. Raises ConfigError where it is not one that is known."""
+    match raw.get("architectures"):
+        case [str(name), *_] | str(name) if name in MODEL_TYPES:
+            return name
+    raise ConfigError(f"{source}: architectures {raw.get('architectures')!r} is not one of {', '.join(MODEL_TYPES)}")
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

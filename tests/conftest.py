@@ -7,7 +7,8 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("jevons", deadline=None)  # shared, noisy machines: no test is timed
-settings.load_profile("jevons")
+settings.register_profile("long", deadline=None, max_examples=3000)  # HYPOTHESIS_PROFILE=long looks for rare failures
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jevons"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see jevons/cli.py
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jevons.config import PRESETS, preset
+from jevons.config import PRESETS, ConfigError, ModelConfig, preset
 from jevons.plan.counts import PlanError, Shape, count_parameters, forward_flops, training_flops
 from jevons.plan.hardware import HARDWARE
 from jevons.plan.price import Options, make_plan
@@ -233,6 +233,13 @@ def test_tokens_that_are_no_number(command, text):
 
 
 SIMPLE = st.none() | st.booleans() | st.integers(-9, 10**12) | st.floats() | st.text(max_size=4)
+
+
+@pytest.mark.parametrize("named", [None, [], [[]], [None], {}, "", "GPT2LMHeadModel", [7]])
+def test_what_names_no_known_architecture_is_refused(named):
+    for reader, error in ((Shape, PlanError), (ModelConfig, ConfigError)):
+        with pytest.raises(error, match="^config.json: architectures .* is not one of DeepseekV3ForCausalLM, "):
+            reader.from_hf(CONFIGS["deepseek-v3"] | {"architectures": named})
 
 
 @settings(max_examples=150)

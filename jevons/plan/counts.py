@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from jevons.config import DEEPSEEK_V2, DEEPSEEK_V3, MODEL_TYPES, QWEN2, ConfigError, ModelConfig
+from jevons.config import DEEPSEEK_V2, DEEPSEEK_V3, QWEN2, ConfigError, ModelConfig, architecture_of
 
 FP8_BLOCK = 128
 _NO_COST = {"architecture", "scoring_func", "topk_method", "norm_topk_prob", "rope_scaling", "rope_theta", "bos_token_id",
@@ -28,10 +28,10 @@ class Shape(ModelConfig):
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> Shape:
         """What a `config.json` costs. Fields that change no size are passed over; raises PlanError for the others."""
-        named = raw.get("architectures")
-        architecture = named[0] if isinstance(named, list) and named else named
-        if architecture not in MODEL_TYPES:
-            raise PlanError(f"{source}: architectures {named!r} is not one of {', '.join(MODEL_TYPES)}")
+        try:
+            architecture = architecture_of(raw, source)
+        except ConfigError as error:
+            raise PlanError(str(error)) from None
         qwen = architecture == QWEN2
         for name, only in (("moe_layer_freq", 1), ("mlp_bias", False), *([] if qwen else [("attention_bias", False)])):
             if raw.get(name, only) != only:
