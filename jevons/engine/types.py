@@ -20,6 +20,18 @@ class QueueFull(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """For a prompt that opens a thought: what may close it before the model does.
+
+    `end_id` is the token that ends a thought (`</think>`); `close_ids` is what is put there to close one gracefully, `end_id`
+    among them. `max_tokens` bounds the thought; `Engine.end_thought` closes it at once."""
+
+    end_id: int
+    close_ids: tuple[int, ...]
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to sample. `temperature` 0 is greedy. Noise is a function of (seed, position) only."""
 
@@ -29,6 +41,8 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()  # strings; the text ends before the first one found in the output
     stop_token_ids: tuple[int, ...] = ()  # beside the model's eos
+    thinking: Thinking | None = None  # None: the engine knows of no thought
+    loop_guard: bool = False  # an endless repetition closes the thought; after it, it ends the answer (reason "length")
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,18 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request made use of."""
+
+    cached_tokens: int = 0  # of its prompt, read from the prefix cache
+    drafted_tokens: int = 0  # by the MTP module
+    accepted_tokens: int = 0  # of these, tokens of the answer
+    preempted: int = 0  # how often it was put back and computed again, for want of pages
+    thought_closed: Literal["budget", "asked", "loop"] | None = None  # by whom, where not by the model
+    loop: bool = False  # the loop guard ended the answer
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,7 @@ class TokenEvent:
     logprob: float = 0.0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    usage: Usage | None = None  # with the finish reason
 
 
 @dataclass
