@@ -37,7 +37,7 @@ class Runtime:
         if device == "cuda" and not available:
             raise ValueError("device is 'cuda', but torch finds no CUDA device here; 'cpu' would be right")
         use_cuda = available and device != "cpu"
-        info = _cpu_info()
+        info = cpu_info()
         features = tuple(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in info["flags"])
         bf16 = "avx512_bf16" in features or "amx_bf16" in features
         gpu: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def physical_cores() -> int:
     return max(1, count)
 
 
-def _cpu_info() -> dict[str, Any]:
+def cpu_info() -> dict[str, Any]:
     path = Path("/proc/cpuinfo")
     fields = {}
     if path.is_file():
