@@ -87,17 +87,17 @@ extern "C" void jevons_rms_norm(void* from, int64_t stride, int32_t bf16, int64_
   }
 }
 
-// Reads `bytes` (a multiple of 64) with so many threads; the result only keeps the compiler from leaving it out.
+// Reads `bytes` (a multiple of 256) with so many threads; the result only keeps the compiler from leaving it out.
 extern "C" uint64_t jevons_read(const uint8_t* data, int64_t bytes, int32_t threads) {
   uint64_t total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
-  for (int64_t block = 0; block < bytes / 4096; block++) {
-    u32x16 sums[4] = {};
-    const uint8_t* p = data + block * 4096;
-    for (int i = 0; i < 64; i += 4)
-      for (int j = 0; j < 4; j++) sums[j] ^= load<u32x16>(p + 64 * (i + j));
-    const u32x16 all = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
-    for (int i = 0; i < 16; i++) total += all[i];
+  for (int64_t part = 0; part < 4 * threads; part++) {
+    const int64_t begin = bytes / 256 * part / (4 * threads), end = bytes / 256 * (part + 1) / (4 * threads);
+    u32x16 a = {}, b = {}, c = {}, d = {};
+    for (const uint8_t* p = data + begin * 256; p < data + end * 256; p += 256)
+      a ^= load<u32x16>(p), b ^= load<u32x16>(p + 64), c ^= load<u32x16>(p + 128), d ^= load<u32x16>(p + 192);
+    a ^= b ^ c ^ d;
+    for (int i = 0; i < 16; i++) total += a[i];
   }
   return total;
 }

@@ -2,47 +2,41 @@
 #pragma once
 #include "inputs.h"
 
-// -- weights that lie row by row: R rows at once, so that their sums hide each other's latency ------------------------------
+// -- weights that lie row by row ----------------------------------------------------------------------------------------------
+//
+// A policy says how STEP codes become what is multiplied (`get`, `tail` for fewer of them) and adds their products with x to sums
+// (`dot`). Sums live in plain local arrays, indexed by unrolled loops: anything else and the compiler keeps them in memory.
 
-struct LoadF32 {
+struct RowF32 {
   static const int STEP = 16;
   static const bool BLOCKS = false;
   typedef f32x16 Codes;
   static int64_t at(int64_t k) { return 4 * k; }
-  static Codes get(const uint8_t* p, int64_t n) { return load_numbers(p, false, n); }
-  static void dot(f32x16& acc, const Codes& w, const uint8_t* x, int64_t k, const Inputs&) { acc += w * load<f32x16>(x + 4 * k); }
-};
-
-struct LoadBf16 : LoadF32 {
-  static int64_t at(int64_t k) { return 2 * k; }
-  static Codes get(const uint8_t* p, int64_t n) { return load_numbers(p, true, n); }
-};
-
-struct LoadFp8 : LoadF32 {
-  static const bool BLOCKS = true;
-  static int64_t at(int64_t k) { return k; }
-  static Codes get(const uint8_t* p, int64_t n) {
-    u8x16 narrow = {};
-    memcpy(&narrow, p, std::min<int64_t>(n, 16));
-    u32x16 u = __builtin_convertvector(narrow, u32x16), magnitude = u & 0x7F;
-    f32x16 v = (f32x16)((magnitude << 20) | ((u & 0x80) << 24)) * 0x1p120f;
-    return (f32x16)((u32x16)v | (u32x16)(magnitude == 0x7F));  // all bits set is NaN
-  }
+  static Codes get(const uint8_t* p) { return load<f32x16>(p); }
+  static Codes tail(const uint8_t* p, int64_t n) { return load_numbers(p, false, n); }
+  static f32x16 dot(f32x16 sums, const Codes& w, const uint8_t* x, int64_t k, int64_t) { return sums + w * load<f32x16>(x + 4 * k); }
 };
 
 #if defined(DOT_BF16)
-struct DotBf16 {
+template <int PLANES>
+struct RowBf16 {
   static const int STEP = 32;
   static const bool BLOCKS = false;
   typedef __m512bh Codes;
   static int64_t at(int64_t k) { return 2 * k; }
-  static Codes get(const uint8_t* p, int64_t n) {
-    return (__m512bh)(n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  static Codes get(const uint8_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Codes tail(const uint8_t* p, int64_t n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+  static f32x16 dot(f32x16 sums, const Codes& w, const uint8_t* x, int64_t k, int64_t width) {
+    sums = (f32x16)_mm512_dpbf16_ps((__m512)sums, w, (__m512bh)_mm512_loadu_si512(x + 2 * k));
+    if (PLANES == 2) sums = (f32x16)_mm512_dpbf16_ps((__m512)sums, w, (__m512bh)_mm512_loadu_si512(x + 2 * (width + k)));
+    return sums;
   }
-  static void dot(f32x16& acc, const Codes& w, const uint8_t* x, int64_t k, const Inputs& in) {
-    acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, w, (__m512bh)_mm512_loadu_si512(x + 2 * k));
-    if (in.planes == 2) acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, w, (__m512bh)_mm512_loadu_si512(x + 2 * (in.width + k)));
-  }
+};
+#else
+struct RowBf16 : RowF32 {
+  static int64_t at(int64_t k) { return 2 * k; }
+  static Codes get(const uint8_t* p) { return from_bf16(load<u16x16>(p)); }
+  static Codes tail(const uint8_t* p, int64_t n) { return load_numbers(p, true, n); }
 };
 #endif
 
@@ -62,54 +56,103 @@ struct Fp8Table {
 };
 static const Fp8Table fp8_table;
 
-struct DotFp8 {
+template <int PLANES>
+struct RowFp8 {
   static const int STEP = 64;
   static const bool BLOCKS = true;
   struct Codes {
     __m512bh first, second;
   };
   static int64_t at(int64_t k) { return k; }
-  static Codes get(const uint8_t* p, int64_t n) {
-    const __m512i u = n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((1ull << n) - 1, p);
+  static Codes unfold(__m512i u) {
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(fp8_table.low), u, _mm512_load_si512(fp8_table.low + 64));
     __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(fp8_table.high), u, _mm512_load_si512(fp8_table.high + 64));
     high = _mm512_ternarylogic_epi32(high, u, _mm512_set1_epi8((char)0x80), 0xF8);  // high | (u & 0x80)
     return {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
   }
-  static void dot(f32x16& acc, const Codes& w, const uint8_t* x, int64_t k, const Inputs& in) {
-    for (int p = 0; p < in.planes; p++, x += 2 * in.width) {
-      acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, w.first, (__m512bh)_mm512_loadu_si512(x + 2 * k));
-      acc = (f32x16)_mm512_dpbf16_ps((__m512)acc, w.second, (__m512bh)_mm512_loadu_si512(x + 2 * k + 64));
+  static Codes get(const uint8_t* p) { return unfold(_mm512_loadu_si512(p)); }
+  static Codes tail(const uint8_t* p, int64_t n) { return unfold(_mm512_maskz_loadu_epi8((1ull << n) - 1, p)); }
+  static f32x16 dot(f32x16 sums, const Codes& w, const uint8_t* x, int64_t k, int64_t width) {
+    for (int p = 0; p < PLANES; p++, x += 2 * width) {
+      sums = (f32x16)_mm512_dpbf16_ps((__m512)sums, w.first, (__m512bh)_mm512_loadu_si512(x + 2 * k));
+      sums = (f32x16)_mm512_dpbf16_ps((__m512)sums, w.second, (__m512bh)_mm512_loadu_si512(x + 2 * k + 64));
     }
+    return sums;
+  }
+};
+#else
+struct RowFp8 : RowF32 {
+  static const bool BLOCKS = true;
+  static int64_t at(int64_t k) { return k; }
+  static Codes get(const uint8_t* p) {
+    const u32x16 u = __builtin_convertvector(load<u8x16>(p), u32x16), magnitude = u & 0x7F;
+    const f32x16 v = (f32x16)((magnitude << 20) | ((u & 0x80) << 24)) * 0x1p120f;
+    return (f32x16)((u32x16)v | (u32x16)(magnitude == 0x7F));  // all bits set is NaN
+  }
+  static Codes tail(const uint8_t* p, int64_t n) {
+    uint8_t codes[16] = {};
+    memcpy(codes, p, n);
+    return get(codes);
   }
 };
 #endif
 
-// R rows from `row` on, M rows of inputs: out[m * PANEL + r].
+// R rows from `row` on times M rows of inputs: out[m * PANEL + r]. One row at a time is read in one stream, which the processor
+// fetches ahead by itself; R streams it does not, so the next R rows are asked for while these are multiplied.
 template <class L, int R, int M>
-static inline void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8_t* const* x, float* out) {
-  const int64_t bytes = L::at(w.columns), block = L::BLOCKS ? BLOCK : w.columns;
+static void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8_t* const* rows, float* out) {
+  const int UNROLL = R == 1 && !L::BLOCKS ? (M == 1 ? 4 : M == 2 ? 2 : 1) : 1;  // sums that hide each other's latency
+  const int64_t bytes = L::at(w.columns), width = in.width, block = L::BLOCKS ? BLOCK : w.columns;
   const uint8_t* codes = w.codes + row * bytes;
+  const uint8_t* next = codes + R * bytes;
   const float* scale = (const float*)w.scale + row / BLOCK * ceil_div(w.columns, BLOCK);
-  f32x16 total[R][M] = {};
+  const uint8_t* x[M];
+  for (int m = 0; m < M; m++) x[m] = rows[m];
+  f32x16 total[R][M], sums[UNROLL][R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) total[r][m] = f32x16{};
   for (int64_t begin = 0; begin < w.columns; begin += block) {
     const int64_t end = std::min(begin + block, w.columns);
-    f32x16 part[R][M] = {};
-    auto& acc = L::BLOCKS ? part : total;
-    auto step = [&](int64_t k, int64_t n) {
-      for (int r = 0; r < R; r++) {
-        const typename L::Codes c = L::get(codes + r * bytes + L::at(k), n);
-        for (int m = 0; m < M; m++) L::dot(acc[r][m], c, x[m], k, in);
-      }
-    };
-    int64_t k = begin;
-    for (; k + L::STEP <= end; k += L::STEP) step(k, L::STEP);
-    if (k < end) step(k, end - k);
-    if (L::BLOCKS)
+#pragma GCC unroll 4
+    for (int u = 0; u < UNROLL; u++)
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) total[r][m] += part[r][m] * scale[begin / BLOCK];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) sums[u][r][m] = f32x16{};
+    int64_t k = begin;
+    for (; k + UNROLL * L::STEP <= end; k += UNROLL * L::STEP)
+#pragma GCC unroll 4
+      for (int u = 0; u < UNROLL; u++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          const typename L::Codes c = L::get(codes + r * bytes + L::at(k + u * L::STEP));
+          if (R > 1) __builtin_prefetch(next, 0, 2), next += 64;
+#pragma GCC unroll 4
+          for (int m = 0; m < M; m++) sums[u][r][m] = L::dot(sums[u][r][m], c, x[m], k + u * L::STEP, width);
+        }
+    for (; k < end; k += L::STEP)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const uint8_t* p = codes + r * bytes + L::at(k);
+        const typename L::Codes c = k + L::STEP <= end ? L::get(p) : L::tail(p, end - k);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) sums[0][r][m] = L::dot(sums[0][r][m], c, x[m], k, width);
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) {
+        f32x16 all = sums[0][r][m];
+#pragma GCC unroll 4
+        for (int u = 1; u < UNROLL; u++) all += sums[u][r][m];
+        total[r][m] += L::BLOCKS ? all * scale[begin / BLOCK] : all;
+      }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) out[m * PANEL + r] = sum(total[r][m]);
 }
 
@@ -239,7 +282,8 @@ static void row_panel(const Weight& w, int64_t panel, const Inputs& in, const ui
   const int R = L::BLOCKS ? 2 : 4;
   int64_t row = panel * PANEL;
   const int64_t end = std::min<int64_t>(row + PANEL, w.rows);
-  for (; row + R <= end; row += R) row_tiles<L, R, FEW>(w, row, in, x, count, out + row % PANEL);
+  if (count > 1)
+    for (; row + R <= end; row += R) row_tiles<L, R, FEW>(w, row, in, x, count, out + row % PANEL);
   for (; row < end; row++) row_tiles<L, 1, FEW>(w, row, in, x, count, out + row % PANEL);
 }
 
@@ -266,18 +310,20 @@ static void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, con
     } else if (w.kind == INT4) {
       panel_tiles<4, WIDE>(w, panel, in, x, at + first, n, to);
     } else if (w.kind == F32) {
-      row_panel<LoadF32>(w, panel, in, x, n, to);
-    } else if (w.kind == BF16) {
+      row_panel<RowF32>(w, panel, in, x, n, to);
 #if defined(DOT_BF16)
-      row_panel<DotBf16>(w, panel, in, x, n, to);
+    } else if (w.kind == BF16) {
+      in.planes == 1 ? row_panel<RowBf16<1>>(w, panel, in, x, n, to) : row_panel<RowBf16<2>>(w, panel, in, x, n, to);
 #else
-      row_panel<LoadBf16>(w, panel, in, x, n, to);
+    } else if (w.kind == BF16) {
+      row_panel<RowBf16>(w, panel, in, x, n, to);
 #endif
-    } else {
 #if defined(TABLE_FP8)
-      row_panel<DotFp8>(w, panel, in, x, n, to);
+    } else {
+      in.planes == 1 ? row_panel<RowFp8<1>>(w, panel, in, x, n, to) : row_panel<RowFp8<2>>(w, panel, in, x, n, to);
 #else
-      row_panel<LoadFp8>(w, panel, in, x, n, to);
+    } else {
+      row_panel<RowFp8>(w, panel, in, x, n, to);
 #endif
     }
   }
