@@ -17,6 +17,8 @@ app = typer.Typer(name="jevons", no_args_is_help=True, add_completion=False, ric
 OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/RECIPE)")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="port on this machine; 0 takes a free one")]
 HostOption = Annotated[str, typer.Option("--host", help="address to bind; other machines reach it only if you say so")]
+WeightsOption = Annotated[str | None, typer.Option(
+    "--weights", help="hold weights as bf16, int8, fp8 or int4 (default: as they are stored)")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")]
 
 
@@ -53,13 +55,14 @@ def evaluate(checkpoint: CheckpointArgument,
              max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
              as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
              dump: Annotated[Path | None, typer.Option(
-                 "--dump", help="write prompts and full answers, one JSON object a line")] = None) -> None:
+                 "--dump", help="write prompts and full answers, one JSON object a line")] = None,
+             weights: WeightsOption = None) -> None:
     """pass@1, pass@k and thinking length on problems never trained on, with 95 % intervals."""
     from jevons.terminal.checkpoint import evaluate_checkpoint
 
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump)
+    evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump, weights)
 
 
 @app.command()
@@ -69,21 +72,21 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           dollars_per_hour: Annotated[float, typer.Option("--dollars-per-hour", min=0, help="what this machine costs")] = 0.10,
           allow_host: Annotated[list[str] | None, typer.Option("--allow-host", help="further Host names to accept")] = None,
           api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None,
-          ) -> None:
+          weights: WeightsOption = None) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal.checkpoint import serve_checkpoint
 
-    serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key)
+    serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key, weights)
 
 
 @app.command()
 def chat(checkpoint: CheckpointArgument,
          temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.6,
-         max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024) -> None:
+         max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024, weights: WeightsOption = None) -> None:
     """Talk to a checkpoint in the terminal; its thoughts stream dimmed."""
     from jevons.terminal.checkpoint import chat_with
 
-    chat_with(checkpoint, temperature, max_tokens)
+    chat_with(checkpoint, temperature, max_tokens, weights)
 
 
 @app.command()

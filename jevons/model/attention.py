@@ -14,7 +14,6 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import dense
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
 SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
@@ -123,7 +122,7 @@ class MLA(nn.Module):
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R."""
         q_nope, q_rope, latent_NC, k_rope_NR = self._queries_and_latent(x_ND, rope_NR)
         cache.write(layer, meta.cells_N, torch.cat([latent_NC, k_rope_NR], dim=-1))
-        w_kv = dense(self.kv_b_proj.weight, x_ND.dtype).view(self.heads, self.nope + self.v, -1)
+        w_kv = self.kv_b_proj.dense(x_ND.dtype).view(self.heads, self.nope + self.v, -1)
         w_k, w_v = w_kv.split([self.nope, self.v], dim=1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # [N, H, C]
         q = pad_queries(torch.cat([q_latent, q_rope], dim=-1) * self.scale, meta)

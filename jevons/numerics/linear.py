@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from jevons.numerics.kernels import linear_dense
-from jevons.numerics.packed import Fp8Weight, IntWeight
+from jevons.numerics.kernels import FEW, handle, linear_dense, linear_packed, usable
+from jevons.numerics.native import CWeight
+from jevons.numerics.packed import IntWeight
 
 
 class PackedWeight(Protocol):
@@ -33,8 +35,21 @@ class Rows:
     def __init__(self, parts: Sequence[Weight]):
         self.parts = list(parts)
         self.shape = torch.Size([sum(p.shape[0] for p in parts), parts[0].shape[1]])
+        self._kept: dict[torch.dtype, ctypes.Array[CWeight] | None] = {}
+
+    def _handles(self, dtype: torch.dtype) -> ctypes.Array[CWeight] | None:
+        if dtype not in self._kept:
+            handles = [None if isinstance(part, Rows) else handle(part, dtype) for part in self.parts]
+            self._kept[dtype] = (CWeight * len(handles))(*handles) if all(handles) else None
+        return self._kept[dtype]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": {}}  # addresses: worthless in a copy
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        few = x.numel() <= FEW * x.shape[-1] or all(isinstance(part, IntWeight) for part in self.parts)
+        if few and usable(x) and (handles := self._handles(x.dtype)) is not None:
+            return linear_packed(x, handles, self.shape[0], bias)
         out = torch.cat([linear(x, part) for part in self.parts], dim=-1)
         return out if bias is None else out + bias
 

@@ -7,6 +7,7 @@ eight (4 bits) of each row. A scale (bf16) belongs to one row and `group` column
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,17 @@ class Fp8Weight:
         """The kernels' handle; None where the codes do not lie as they need it."""
         if self.codes.device.type != "cpu" or not self.codes.is_contiguous():
             return None
-        self._scales = self.scale_inv.float().contiguous()
-        return CWeight(self.codes.data_ptr(), self._scales.data_ptr(), *self.shape, FP8, BLOCK)
+        self._scale = self.scale_inv.float().contiguous()
+        return CWeight(self.codes.data_ptr(), self._scale.data_ptr(), *self.shape, FP8, BLOCK)
+
+    def part(self, first: int, rows: int) -> Fp8Weight | None:
+        """Rows from `first` on, as views; None where they do not begin with a block."""
+        if first % BLOCK:
+            return None
+        return Fp8Weight(self.codes[first : first + rows], self.scale_inv[first // BLOCK : -(-(first + rows) // BLOCK)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"codes": self.codes, "scale_inv": self.scale_inv, "shape": self.shape}
 
     def strip(self, row: int, dtype: torch.dtype) -> torch.Tensor:
         """STRIP rows from `row` on (a multiple of BLOCK), or what is left of them."""
@@ -86,6 +96,16 @@ class IntWeight:
         if self.codes.device.type != "cpu":
             return None
         return CWeight(self.codes.data_ptr(), self.scale.data_ptr(), *self.shape, INT8 if self.bits == 8 else INT4, self.group)
+
+    def part(self, first: int, rows: int) -> IntWeight | None:
+        """Rows from `first` on, as views; None where they do not begin with a panel."""
+        if first % PANEL:
+            return None
+        panels = slice(first // PANEL, -(-(first + rows) // PANEL))
+        return IntWeight(self.codes[panels], self.scale[panels], (rows, self.shape[1]), self.bits, self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "native"}
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if usable(x) and self.native is not None:

@@ -30,11 +30,11 @@ def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dic
 
 
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
-                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None) -> None:
+                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None, weights: str | None) -> None:
     if dump is not None and not dump.resolve().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no directory {dump.parent}")
     use_threads()
-    loaded = open_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint, weights)
     the_task = _trained_task(loaded.provenance, task, {"numbers": numbers} if numbers is not None else None)
     from jevons.reason.evaluate import evaluate
 
@@ -42,7 +42,8 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
     with console.status(f"{n} problems"):
         result, _ = evaluate(loaded.model, loaded.tokenizer, the_task, n, seed, max_tokens, samples, temperature, dump=dump)
     if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint), "task": the_task.name, "seed": seed} | result.record()))
+        said = {"checkpoint": str(checkpoint), "task": the_task.name, "seed": seed} | ({"weights": weights} if weights else {})
+        print(json.dumps(said | result.record()))
         return
     print(f"pass@1           {result.accuracy:.1%}  (95 % interval {result.low:.1%} to {result.high:.1%}, {n} problems)")
     if result.pass_at_k is not None:
@@ -53,9 +54,9 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 
 
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
-                     allow_hosts: list[str], api_key: str | None) -> None:
+                     allow_hosts: list[str], api_key: str | None, weights: str | None) -> None:
     use_threads()
-    loaded = open_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint, weights)
     task = None
     with contextlib.suppress(ValueError):  # a foreign checkpoint was taught something we do not know
         task = _trained_task(loaded.provenance)
@@ -71,12 +72,12 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
         beside.run_forever(stop)
 
 
-def chat_with(checkpoint: Path, temperature: float, max_tokens: int) -> None:
+def chat_with(checkpoint: Path, temperature: float, max_tokens: int, weights: str | None) -> None:
     """A loop of questions; Ctrl-C ends an answer, Ctrl-D the chat."""
     from jevons.engine.engine import Engine
 
     use_threads()
-    loaded = open_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint, weights)
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
                     max_len=context_that_fits(loaded.config, 1))
@@ -128,7 +129,7 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
     from jevons.runtime import Runtime
 
     if checkpoint is None:
-        return Runtime.detect().describe()
+        return Runtime.detect().describe() | _describe_speed()
     from jevons.config import ModelConfig
     from jevons.plan import count_parameters, kv_bytes_per_token
     from jevons.store.checkpoint import read_provenance
@@ -151,6 +152,15 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
     for score in provenance.get("scores", []):
         values[f"score of {score['name']}"] = f"{score['accuracy']:.1%} right of {score['n']} held-out problems"
     return values
+
+
+def _describe_speed() -> dict[str, Any]:
+    from jevons.numerics.kernels import read_rate
+    from jevons.numerics.native import state
+
+    use_threads()
+    rate, threads = read_rate()
+    return {"native kernels": state(), "memory read": f"{rate / 1e9:.1f} GB/s ({threads} thread{'s' * (threads > 1)}, 1 GiB)"}
 
 
 def _rope_in_words(config: Any) -> str:
@@ -186,12 +196,20 @@ def _describe_files(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def open_checkpoint(checkpoint: Path) -> Any:
+def open_checkpoint(checkpoint: Path, weights: str | None = None) -> Any:
     """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
-    one is copied: stacked experts and fused projections run faster than views."""
+    one is copied: stacked experts and fused projections run faster than views. `weights` packs it. Raises ValueError where it
+    names no packing."""
+    from jevons.model.pack import check_kind, pack
+    from jevons.runtime import Runtime
     from jevons.store.checkpoint import load_checkpoint
     from jevons.store.safetensors_io import read_headers
 
+    if weights is not None:
+        check_kind(weights)
+        loaded = load_checkpoint(checkpoint, frozen=True)
+        pack(loaded.model, weights, Runtime.detect("cpu").dtype)
+        return loaded
     headers = read_headers(checkpoint) if (checkpoint / "config.json").is_file() else {}
     large = sum(info.end - info.start for info in headers.values()) > MAPPED_FROM
     return load_checkpoint(checkpoint, frozen=large or any(info.dtype == "F8_E4M3" for info in headers.values()))

@@ -73,6 +73,14 @@ def why_not() -> str | None:
     return _library()[1]
 
 
+def state() -> str:
+    """In words, without building anything."""
+    target, problem = _target()
+    if problem is not None:
+        return f"none: {problem}"
+    return "built" if target.is_file() else "not built yet: the first answer builds them, in seconds"
+
+
 def build(compiler: str, flags: list[str], target: Path) -> str | None:
     """Compile the kernels to `target`, which appears whole or not at all; the compiler's complaint, if it has one."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,20 +105,27 @@ def open_library(path: Path) -> ctypes.CDLL:
     return opened
 
 
-@functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str | None]:
+def _target() -> tuple[Path, str | None]:
+    """Where this machine's library lies, or why there can be none."""
     if os.environ.get("JEVONS_NATIVE") == "0":
-        return None, "JEVONS_NATIVE=0"
+        return Path(), "JEVONS_NATIVE=0"
+    if sys.platform == "win32":
+        return Path(), "not built on Windows"
     compiler = find_compiler()
     if compiler is None:
-        return None, "no C++ compiler on PATH"
-    if sys.platform == "win32":
-        return None, "not built on Windows"
+        return Path(), "no C++ compiler on PATH"
     told = [compiler, *FLAGS, platform.machine(), *sorted(cpu_info()["flags"])]
     parts = [s.read_bytes() for s in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])] + [" ".join(told).encode()]
-    target = cache_dir() / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    return cache_dir() / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so", None
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    target, problem = _target()
+    if problem is not None:
+        return None, problem
     try:
-        if not target.is_file() and (complaint := build(compiler, FLAGS, target)):
+        if not target.is_file() and (complaint := build(find_compiler(), FLAGS, target)):
             return None, complaint
         return open_library(target), None
     except OSError as error:
