@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import Fp8Weight, IntWeight, Rows, Weight, dense, kernels, linear
+from jevons.numerics import Fp8Weight, Rows, Weight, dense, kernels, linear
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
 Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
@@ -72,8 +72,6 @@ class Linear(nn.Module):
 
 def packed_views(name: str, weight: Weight) -> Iterator[HFView]:
     """A weight that is no parameter under its published name, FP8 with its scales."""
-    if isinstance(weight, IntWeight):
-        raise ValueError(f"{name} was packed into {weight.bits}-bit integers, which checkpoints do not hold; save it unpacked")
     if isinstance(weight, Fp8Weight):
         yield name, weight.codes
         yield f"{name}_scale_inv", weight.scale_inv

@@ -81,7 +81,9 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _split(weight: Weight, rows: list[int]) -> list[Weight]:
-    return weight.parts if isinstance(weight, Rows) else list(weight.split(rows))
+    if isinstance(weight, Rows):
+        return weight.parts
+    return list(weight.split(rows)) if isinstance(weight, torch.Tensor) else [weight]
 
 
 def _packer(kind: str, dtype: torch.dtype, pages: HugePages) -> Packer:
