@@ -32,7 +32,7 @@ class KVCache:
         layers = config.num_hidden_layers if layers is None else layers
         self.page_size = page_size
         self.data = torch.zeros(layers, pages, page_size, cache_width(config), dtype=dtype, device=device)
-        self.layers = self.data.unbind(0)
+        self.layers = [self.data[layer] for layer in range(layers)]
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class KVCache:
             pages = data[meta.first_page : meta.first_page + per_seq * meta.sequences]
             kept = pages.view(meta.sequences, per_seq * self.page_size, -1)
         else:
-            kept = data[meta.page_table_SP[:, : -(-meta.max_context // self.page_size)]].flatten(1, 2)
+            kept = data[meta.used_SP].flatten(1, 2)
         return kept[:, : meta.max_context].masked_fill(meta.past_SL[..., None], 0.0)
 
 
@@ -105,6 +105,12 @@ class BatchMeta:
     def past_SL(self) -> torch.Tensor:
         """Cells past a sequence's own length."""
         return torch.arange(self.max_context, device=self.lengths_S.device) >= self.lengths_S[:, None]
+
+    @cached_property
+    def used_SP(self) -> torch.Tensor:
+        """The table as far as the longest context goes, 0 where it is to be ignored."""
+        pages = torch.arange(-(-self.max_context // self.page_size), device=self.lengths_S.device)
+        return self.page_table_SP[:, : len(pages)].masked_fill(pages * self.page_size >= self.lengths_S[:, None], 0)
 
     @cached_property
     def mask_SQL(self) -> torch.Tensor:
