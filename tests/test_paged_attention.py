@@ -226,8 +226,8 @@ def test_a_table_that_leads_astray_is_refused(make):
     model = lively(make())
     attn, h = model.layers[0].self_attn, torch.randn(3, model.config.hidden_size)
     cache = KVCache(model.config, 6, 4)
-    for table, contexts, lens in ([[1, 6], [0, 2]], [4, 0], [1, 2]), ([[1, -1], [0, 2]], [4, 0], [1, 2]), ([[1, 2], [0, 3]], [8, 0], [1, 2]):
-        meta = build_meta(torch.tensor(table), contexts, lens, 4)
+    for first_row, context in ([1, 6], 4), ([1, -1], 4), ([1, 2], 8):
+        meta = build_meta(torch.tensor([first_row, [0, 3]]), [context, 0], [1, 2], 4)
         with torch.no_grad(), pytest.raises(IndexError):
             attn.cached(h, model.rope[meta.positions_N], 0, cache, meta)
         assert (cache.data == 0).all()

@@ -54,10 +54,9 @@ def _functions() -> tuple[Callable, Callable] | None:
     if library is None:
         return None
     pointer, number, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.paged_store.argtypes = [pointer, pointer, kind, pointer, number, pointer, number, number, pointer, pointer, kind, pointer,
-                                    number]
-    library.paged_attention.argtypes = [pointer, pointer, kind, *[pointer, number, number] * 2, pointer, kind, pointer,
-                                        number, pointer, number, number]
+    view = [pointer, number, number]
+    library.paged_store.argtypes = [pointer, pointer, kind, pointer, number, *view, pointer, pointer, kind, pointer, number]
+    library.paged_attention.argtypes = [pointer, pointer, kind, *view, *view, pointer, kind, pointer, number, *view]
     for function in (library.paged_store, library.paged_attention):
         function.restype = kind
     return library.paged_store, library.paged_attention
