@@ -138,7 +138,7 @@ def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int] | torch.Tens
     """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones (None: one each).
     Raises ValueError where one brings none, or the table is not int64."""
     if page_table_SP.dtype != torch.long or page_table_SP.stride(-1) != 1:
-        raise ValueError(f"page_table is {page_table_SP.dtype} with strides {page_table_SP.stride()}; int64 in dense rows would be "
+        raise ValueError(f"page_table {page_table_SP.dtype} with strides {page_table_SP.stride()}: int64 in dense rows would be "
                          "right")
     contexts_S = torch.tensor(contexts) if isinstance(contexts, list) else torch.as_tensor(contexts).long().clone()
     sequences, longest = len(contexts_S), 1
