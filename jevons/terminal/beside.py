@@ -51,7 +51,8 @@ class Beside:
     """The HTTP server beside a run, or after it. The thread that made it owns the engine."""
 
     def __init__(self, address: tuple[str, int], dollars_per_hour: float, task: Any, taught: str, metrics: Path | None,
-                 max_waiting: int = 128, allow_hosts: list[str] | None = None, api_key: str | None = None):
+                 max_waiting: int = 128, allow_hosts: list[str] | None = None, api_key: str | None = None,
+                 max_thinking_tokens: int | None = None):
         from jevons.serve.app import Server, ServeSettings, create_app
         from jevons.serve.host import EngineHost
         from jevons.serve.pages import PageInfo
@@ -63,7 +64,8 @@ class Beside:
         questions = examples() if examples else []
         hashes = (hashlib.sha256(api_key.encode()).hexdigest(),) if api_key else ()
         settings = ServeSettings(host=address[0], port=address[1], dollars_per_hour=dollars_per_hour,
-                                 allow_hosts=tuple(allow_hosts or ()), api_key_hashes=hashes)
+                                 allow_hosts=tuple(allow_hosts or ()), api_key_hashes=hashes,
+                                 max_thinking_tokens=max_thinking_tokens)
         page = PageInfo(model=lambda: self.host.model_name, taught=lambda: taught, examples=lambda: questions,
                         dollars_per_hour=dollars_per_hour, training=lambda: self.training)
         self.server = Server(create_app(self.host, lambda: self.tokenizer, settings, page, metrics), settings)
