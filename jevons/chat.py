@@ -77,14 +77,16 @@ class Renderer:
         """The prompt of a single user message."""
         return self.prompt([{"role": "user", "content": text}])
 
-    def close_thought(self) -> list[int]:
-        """Ids that end an open thought wherever it stands, as the model's own thoughts end: a newline, `</think>`, and the
-        newline that our tasks' worked solutions have before the answer. Raises ChatError without such a token."""
-        return self._close("\n", "\n")
+    def close_thought(self, words: str = "") -> list[int]:
+        """Ids that end an open thought wherever it stands, as the model's own thoughts end: a newline, `words` on a line of
+        their own, `</think>`, and the newline that our tasks' worked solutions have before the answer. Raises ChatError
+        without such a token."""
+        return self._close("\n", words, "\n")
 
-    def _close(self, before: str, after: str) -> list[int]:
+    def _close(self, before: str, words: str, after: str) -> list[int]:
         if self.special[END_THINK] < 0:
             raise ChatError(f"the tokenizer has no token {END_THINK}, so that a thought could be closed")
+        before += words + before if words else ""
         return [*(self.encode(before) if before else []), self.special[END_THINK], *(self.encode(after) if after else [])]
 
     def completion(self, text: str) -> list[int]:
@@ -186,10 +188,10 @@ class TemplateRenderer(Renderer):
 
         return self._special.sub(guard, content.replace(GUARD, "\ufffd"))
 
-    def close_thought(self) -> list[int]:
+    def close_thought(self, words: str = "") -> list[int]:
         """Ids that end an open thought: what the template itself writes between a thought and its answer, where it shows
-        thoughts. Otherwise as R1 writes, `\\n</think>\\n\\n`, after a prompt that ends in `<think>` and a newline, and
-        `</think>` alone after one without (DeepSeek-V3.1)."""
+        thoughts, with `words` before the tag. Otherwise as R1 writes, `\\n</think>\\n\\n`, after a prompt that ends in `<think>`
+        and a newline, and `</think>` alone after one without (DeepSeek-V3.1)."""
         thought, answer = "thought", "answer"
         question = {"role": "user", "content": "x"}
         try:
@@ -197,9 +199,9 @@ class TemplateRenderer(Renderer):
         except ChatError:  # it may insist on a question at the end
             shown = ""
         if match := re.search(rf"{thought}(\s*){END_THINK}(\s*){answer}", shown):
-            return self._close(match[1], match[2])
+            return self._close(match[1], words, match[2])
         lines = not self.text([question]).endswith(THINK)
-        return self._close("\n", "\n\n") if lines else self._close("", "")
+        return self._close("\n", words, "\n\n") if lines else self._close("", words, "")
 
     def completion(self, text: str) -> list[int]:
         """Ids of `thought</think>answer` and eos, after a prompt that opens the thought or leaves it to the model."""

@@ -19,6 +19,8 @@ PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="port 
 HostOption = Annotated[str, typer.Option("--host", help="address to bind; other machines reach it only if you say so")]
 ThinkingOption = Annotated[int | None, typer.Option(
     "--max-thinking-tokens", min=0, help="a longer thought is closed, and the answer comes; a request may say otherwise")]
+ClosingOption = Annotated[str | None, typer.Option(
+    "--closing-words", help="what a thought that is closed early ends with (default: what its task says, else nothing)")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")]
 
 
@@ -76,23 +78,23 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           dollars_per_hour: Annotated[float, typer.Option("--dollars-per-hour", min=0, help="what this machine costs")] = 0.10,
           allow_host: Annotated[list[str] | None, typer.Option("--allow-host", help="further Host names to accept")] = None,
           api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None,
-          max_thinking_tokens: ThinkingOption = None) -> None:
+          max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal.checkpoint import serve_checkpoint
 
     serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key,
-                     max_thinking_tokens)
+                     max_thinking_tokens, closing_words)
 
 
 @app.command()
 def chat(checkpoint: CheckpointArgument,
          temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.6,
          max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024,
-         max_thinking_tokens: ThinkingOption = None) -> None:
+         max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None) -> None:
     """Talk to a checkpoint in the terminal; its thoughts stream dimmed, and Ctrl-C in one asks for the answer."""
     from jevons.terminal.talk import chat_with
 
-    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens)
+    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens, closing_words)
 
 
 @app.command()

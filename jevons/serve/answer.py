@@ -14,12 +14,14 @@ class EngineFailed(RuntimeError):
     """The engine could not go on with a request."""
 
 
-def thinking_after(prompt_ids: Sequence[int], tokenizer: Any, max_tokens: int | None = None) -> Thinking | None:
-    """How the thought that a prompt opens may be closed; None where it opens none, or none that a token could close."""
+def thinking_after(prompt_ids: Sequence[int], tokenizer: Any, max_tokens: int | None = None, words: str = "",
+                   ) -> Thinking | None:
+    """How the thought that a prompt opens may be closed, with which words; None where it opens none, or none that a token
+    could close."""
     end_id = tokenizer.special[END_THINK]
     if end_id < 0 or not ReasoningParser.after(prompt_ids, tokenizer).in_reasoning:
         return None
-    return Thinking(end_id, tuple(tokenizer.renderer().close_thought()), max_tokens)
+    return Thinking(end_id, tuple(tokenizer.renderer().close_thought(words)), max_tokens)
 
 
 class StopFilter:

@@ -44,6 +44,7 @@ class ServeSettings:
     dollars_per_hour: float = 0.0
     model_name: str | None = None
     max_thinking_tokens: int | None = None  # for requests that do not say
+    closing_words: str = ""  # what a thought that is closed early ends with
     max_body: int = 8 * 2**20
     keep_alive: float = 2.0  # between signs of life while there is nothing to send
     grace: float = 1.0  # a stream's status is open this long; later errors come as events

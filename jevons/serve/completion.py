@@ -137,9 +137,10 @@ class ChatRun:
         """The prompt, and how its thought may be closed. Raises Unsupported for a budget where there is none to close."""
         ids = tokenizer.renderer().prompt(self.conversation)
         field, budget = self.body.thinking_budget()
-        if budget is None:
-            return ids, thinking_after(ids, tokenizer, self.api.settings.max_thinking_tokens)
-        if (thinking := thinking_after(ids, tokenizer, budget)) is None:
+        settings = self.api.settings
+        own = settings.max_thinking_tokens if budget is None else budget
+        thinking = thinking_after(ids, tokenizer, own, settings.closing_words)
+        if thinking is None and budget is not None:
             raise Unsupported(field, f"{field} is not supported here: this model's prompt opens no thought; leave it out")
         return ids, thinking
 

@@ -28,6 +28,12 @@ def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dic
     return load_task(name, own | (args or {}))
 
 
+def known_task(provenance: dict[str, Any]) -> Any:
+    """The task the checkpoint was trained on; None for a foreign one, which was taught something we do not know."""
+    with contextlib.suppress(ValueError):
+        return _trained_task(provenance)
+
+
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
                         temperature: float, max_tokens: int, as_json: bool, dump: Path | None) -> None:
     if dump is not None and not dump.resolve().parent.is_dir():
@@ -55,17 +61,16 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 
 
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
-                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None) -> None:
+                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None,
+                     closing_words: str | None) -> None:
     use_threads()
     loaded = open_checkpoint(checkpoint)
-    task = None
-    with contextlib.suppress(ValueError):  # a foreign checkpoint was taught something we do not know
-        task = _trained_task(loaded.provenance)
+    task = known_task(loaded.provenance)
     console = Console(stderr=True)
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
         beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key,
-                        max_thinking_tokens)
+                        max_thinking_tokens, closing_words)
         if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
             console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
                           f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
