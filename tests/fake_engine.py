@@ -63,7 +63,7 @@ class Speech:
     said: list[int] = field(default_factory=list)
     closing: deque[int] = field(default_factory=deque)
     thinking: bool = True
-    asked: bool = False
+    asked: list[str] = field(default_factory=list)  # ids of those who were asked to end their thoughts
     drafted: int = 0
     accepted: int = 0
     closed: str | None = None
@@ -85,7 +85,7 @@ class Speech:
         return token
 
     def _why(self, params: SamplingParams) -> str | None:
-        if self.asked:
+        if self.request.request_id in self.asked:
             return "asked"
         if params.thinking.max_tokens is not None and len(self.said) >= params.thinking.max_tokens:
             return "budget"
@@ -150,8 +150,6 @@ class FakeEngine:
     def end_thought(self, request_id: str) -> None:
         self._check_thread()
         self.asked.append(request_id)
-        if request_id in self.running:
-            self.running[request_id].asked = True
 
     def stats(self) -> dict[str, float]:
         self._check_thread()
@@ -164,7 +162,7 @@ class FakeEngine:
         self._check_thread()
         while self.waiting and len(self.running) < self.max_batch:
             request = self.waiting.popleft()
-            self.running[request.request_id] = Speech(request, self.script(request))
+            self.running[request.request_id] = Speech(request, self.script(request), asked=self.asked)
             self.prompt_tokens += len(request.prompt_ids)
             self.cached_tokens += min(self.cached, len(request.prompt_ids) - 1)
         if self.delay:

@@ -150,22 +150,25 @@ def test_answer_now_during_a_stream(n):
         assert answer_now(live, "chatcmpl-unknown").status_code == 404 and answer_now(live, "%00").status_code == 404
 
 
-def test_answer_now_waits_for_a_request_that_waits():
-    """Asked before the engine has room, or a model is there at all, it holds when the thought begins."""
-    with Live(says=LONG, **BESIDE) as live:
+@pytest.mark.parametrize("loading", [False, True])
+def test_answer_now_waits_for_a_request_that_waits(loading):
+    """Asked before the engine has room, or a model is there at all, it holds from the thought's beginning."""
+    with Live(says=LONG, engine={"max_waiting": 1}, **BESIDE) as live:
         engine = live.engine
-        live.host.set_engine(None)
-        with streaming(live) as response:
-            completion_id = response.headers["x-request-id"]
-            assert answer_now(live, completion_id).json()["closes_thought"]
-            live.host.set_engine(engine, "tiny")
+        if loading:
+            live.host.set_engine(None)
+        else:
+            full = in_thread(lambda: live.ask(max_tokens=50))
             assert live.wait(lambda: live.host.counts() == (0, 1), 5)
             live.host.pump(max_steps=0)
-            assert len(engine.seen) == 1 and engine.asked == [], "no thought has begun"
-            assert answer_now(live, completion_id).json()["closes_thought"]
+        with streaming(live) as response:
+            assert answer_now(live, response.headers["x-request-id"]).json()["closes_thought"]
+            live.host.set_engine(engine, "tiny") if loading else None
+            assert live.wait(lambda: live.host.counts()[1] == 1 + (not loading), 5)
             live.host.pump()
-            thought, answer, _ = joined(read_events("".join(response.iter_text())))
-        assert (thought, answer) == (LONG[0] + "\n", "done") and engine.asked == [engine.seen[0].request_id]
+            assert joined(read_events("".join(response.iter_text())))[:2] == ("\n", "done")
+        assert engine.asked == [engine.seen[-1].request_id]
+        assert loading or texts(full().json()["choices"][0]) == (LONG[:50], ""), "others think on"
 
 
 def test_answer_now_after_the_thought():

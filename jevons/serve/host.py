@@ -170,7 +170,8 @@ class EngineHost:
         return stream
 
     def end_thought(self, request_id: str) -> None:
-        """The request's thought is closed before the engine's next step, or as soon as it has begun. Unknown ids are fine."""
+        """The request's thought is closed before the engine's next step; that of one which waits, once the engine has it.
+        Unknown ids are fine."""
         with self._wake:
             if request_id in self._streams:
                 self._end_thoughts.add(request_id)
@@ -251,8 +252,6 @@ class EngineHost:
             inbox, self._inbox = self._inbox, deque()
             cancels, self._cancels = self._cancels, set()
             self._end_thoughts &= self._streams.keys()
-            ready = {i for i in self._end_thoughts if i in self._streams[i].started}
-            self._end_thoughts -= ready
         while inbox:
             request_id = inbox[0]
             if (stream := self._streams.get(request_id)) is not None:
@@ -266,7 +265,8 @@ class EngineHost:
                 except Exception as error:
                     self._end(request_id, stream, error=error)
             inbox.popleft()
-        for request_id in ready & self._submitted:
+        for request_id in self._end_thoughts & self._submitted:
+            self._end_thoughts.discard(request_id)
             _quietly(engine.end_thought, request_id)
         for request_id in cancels & self._submitted:
             self._submitted.discard(request_id)
@@ -307,7 +307,7 @@ class EngineHost:
     def _read_stats(self, now: bool = False) -> None:
         """The engine's numbers for /metrics, once a second and when it comes to rest."""
         if (now or time.monotonic() > self._stats_at + 1) and (engine := self._engine) is not None:
-            self.stats, self._stats_at = engine.stats() if hasattr(engine, "stats") else {}, time.monotonic()
+            self.stats, self._stats_at = engine.stats(), time.monotonic()
 
     def _charge(self, seconds: float, events: Sequence[TokenEvent]) -> None:
         shares = Counter(e.request_id for e in events if e.token_id is not None) or Counter(self._submitted)

@@ -45,7 +45,7 @@ def chat_with(checkpoint: Path, temperature: float, max_tokens: int, max_thinkin
     loaded = open_checkpoint(checkpoint)
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
-                    max_len=context_that_fits(loaded.config, 1))
+                    max_len=context_that_fits(loaded.config, 1), speculate=None)
     words = words_of(known_task(loaded.provenance), closing_words)
     taught = loaded.provenance.get("taught") or loaded.config.architecture
     console.print(f"{taught}. Ctrl-D ends the chat.", style="dim", markup=False, soft_wrap=True)
