@@ -107,7 +107,7 @@ def test_drafts_change_nothing(drafts):
     model = lively(nano(vocab_size=6))
     crowd = [request(random_ids(random.randint(1, 40), 6), temperature=0.0) if i % 2 else
              sampled(prompt=random_ids(random.randint(1, 40), 6), max_tokens=random.randint(1, 40)) for i in range(14)]
-    crowd += [Request(one.prompt_ids, SamplingParams(40, 1.0, seed=random.randrange(2**40), stop_token_ids=(3,))) for one in crowd[:3]]
+    crowd += [sampled(prompt=one.prompt_ids, max_tokens=40, stop_token_ids=(3,)) for one in crowd[:3]]
     engine = engine_of(model, max_len=96, speculate=drafts)
     plain = engine_of(model, max_len=96).generate([Request(r.prompt_ids, r.params) for r in crowd])
     same = 0
@@ -210,7 +210,7 @@ def test_an_engine_that_finds_out_by_itself():
     for asked, done in zip(requests, engine.generate(requests), strict=True):
         explain(model, asked, done.token_ids, done.logprobs)
     assert engine.stats()["drafted_tokens"] > 0
-    assert engine_of(lively(qwen2()), speculate=None).speculation is None  # no module, no drafts
+    assert engine_of(lively(qwen2()), speculate=None).drafts is None  # no module, no drafts
 
 
 END, CLOSE = 3, (7, 3, 9)
@@ -355,7 +355,8 @@ def test_a_storm():
 def test_requests_at_their_extremes():
     model = lively(nano())
     engine = engine_of(model, max_len=64, prefix_cache=True, speculate=2)
-    extremes = [Request(random_ids(63), SamplingParams(None, 100.0, 1e-9, seed=-(2**70))), Request([0], SamplingParams(10**9, 0.0)),
+    extremes = [Request(random_ids(63), SamplingParams(None, 100.0, 1e-9, seed=-(2**70))),
+                Request([0], SamplingParams(10**9, 0.0)),
                 Request(random_ids(63), SamplingParams(1, 1e-30, 1.0, loop_guard=True, thinking=Thinking(3, (3,) * 50, 0)))]
     done = engine.generate(extremes)
     assert [len(c.token_ids) for c in done] == [1, 63, 1] and done[2].token_ids == [3]
