@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import PackedWeight, dense, paged
+from jevons.numerics import PackedWeight, dense, kernels, paged
 from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
@@ -158,7 +158,7 @@ class MLA(nn.Module):
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R."""
         q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
         w_k, w_v = self._absorbed(q_nope.dtype)
-        q_latent_HNC = torch.bmm(q_nope.transpose(0, 1), w_k)
+        q_latent_HNC = kernels.heads(q_nope, w_k, across=True)
         if paged.available(q_nope, cache.data):
             data, out_HNC = cache.layers[layer], torch.empty_like(q_latent_HNC)
             norm = self.kv_a_layernorm.weight.to(latent_NC.dtype)
@@ -169,7 +169,7 @@ class MLA(nn.Module):
             cache.write(layer, meta.cells_N, torch.cat([self.kv_a_layernorm(latent_NC), key_NR], dim=-1))
             q = torch.cat([q_latent_HNC.transpose(0, 1), rotate_interleaved(q_rope, rope_NR)], dim=-1)
             out_HNC = attend_gathered(self.paged, q, cache, layer, meta).transpose(0, 1)
-        return self.o_proj(torch.bmm(out_HNC, w_v.transpose(1, 2)).transpose(0, 1).flatten(1))
+        return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
 
 
 class GQA(nn.Module):

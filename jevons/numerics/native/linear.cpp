@@ -2,7 +2,7 @@
 #include "rows.h"
 
 static const int64_t BATCH = 256;         // rows of x that are prepared together: they stay in the second-level cache
-static const int64_t FORK_BYTES = 1 << 18;  // work below this is done sooner than another thread wakes
+static const int64_t FORK_BYTES = 1 << 20;  // work below this is done sooner than another thread wakes
 static const int64_t CHUNK_BYTES = 1 << 16;
 
 static void multiply(const Weight* parts, int32_t count, const Matrix& x, int64_t rows, const Matrix* bias, const Matrix& y) {
@@ -67,6 +67,24 @@ extern "C" void jevons_linear_plain(void* codes, int32_t kind, int64_t out, int6
                                     int64_t rows, void* bias, int32_t bias_bf16, void* y) {
   const Weight w = {(const uint8_t*)codes, nullptr, out, columns, kind, 0};
   jevons_linear(&w, 1, x, stride, bf16, rows, bias, bias_bf16, y);
+}
+
+// FP8 blocks as numbers, float32 or bf16: [rows, columns].
+extern "C" void jevons_unpack(const Weight* w, int32_t bf16, void* to) {
+  const Matrix y = {(uint8_t*)to, w->columns, bf16};
+  const int threads = w->rows * w->columns >= FORK_BYTES ? omp_get_max_threads() : 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t row = 0; row < w->rows; row++) {
+    const float* scale = (const float*)w->scale + row / BLOCK * ceil_div(w->columns, BLOCK);
+    for (int64_t k = 0; k < w->columns; k += 16) {
+      const int64_t n = std::min<int64_t>(16, w->columns - k);
+      u8x16 codes = {};
+      memcpy(&codes, w->codes + row * w->columns + k, n);
+      const u32x16 u = __builtin_convertvector(codes, u32x16), magnitude = u & 0x7F;
+      const f32x16 v = (f32x16)((magnitude << 20) | ((u & 0x80) << 24)) * 0x1p120f;
+      store_numbers(y.at(row, k), bf16, (f32x16)((u32x16)v | (u32x16)(magnitude == 0x7F)) * scale[k / BLOCK], n);
+    }
+  }
 }
 
 // [rows, dim]: x / sqrt(mean(x^2) + eps) * weight, in x's precision.
