@@ -22,8 +22,8 @@ from jevons.runtime import cpu_info, find_compiler
 
 HERE = Path(__file__).resolve().parent
 # not -ffast-math: a library linked with it sets flush-to-zero in the process that loads it, torch's arithmetic included
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
-         "-Wno-psabi"]
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-pthread", "-fPIC",
+         "-shared", "-Wno-psabi"]
 
 
 class CWeight(ctypes.Structure):

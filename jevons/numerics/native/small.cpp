@@ -1,5 +1,6 @@
 // The small steps between products, which cost more to dispatch than to compute: a gate's choice, products head by head.
 #include "common.h"
+#include "pool.h"
 
 // How a gate chooses (model/moe.py). `groups` 1: among all experts.
 struct Choice {
@@ -89,9 +90,7 @@ extern "C" void jevons_heads(void* x, int64_t token, int64_t head, int32_t bf16,
                              int64_t w_head, int32_t w_bf16, int64_t out, int32_t across, void* y) {
   const int64_t size = bf16 ? 2 : 4, w_size = w_bf16 ? 2 : 4, WIDE = 64;
   const int64_t blocks = ceil_div(out, WIDE);
-  const int threads = heads * in * out * w_size >= (1 << 18) ? omp_get_max_threads() : 1;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t unit = 0; unit < heads * blocks; unit++) {
+  Pool::get().run(heads * blocks, 1, threads_for(heads * in * out * w_size, n), [&](int64_t unit) {
     const int64_t h = unit / blocks, first = unit % blocks * WIDE, width = std::min(WIDE, out - first);
     const uint8_t* matrix = (const uint8_t*)w + h * w_head * w_size;
     thread_local std::vector<float> numbers;
@@ -121,5 +120,5 @@ extern "C" void jevons_heads(void* x, int64_t token, int64_t head, int32_t bf16,
       }
       for (int64_t r = 0; r < width; r += 16) store_numbers(to + r * size, bf16, load<f32x16>(result + r), width - r);
     }
-  }
+  });
 }
