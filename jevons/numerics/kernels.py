@@ -14,8 +14,8 @@ from jevons.numerics.native import CChoice, CExpert, CRouted, CWeight, library, 
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # `Kind` of common.h; 2 is FP8, 3 and 4 are 8 and 4 bits
 FP8, INT8, INT4 = 2, 3, 4
-# Rows up to which the kernels beat torch's own products (measured on Zen 4): of dense weights, and of FP8 blocks, which torch must
-# unpack first. Of integers they do for any number of rows, or come within a tenth.
+# Rows up to which the kernels beat torch's own products (measured on Zen 4): of dense weights, and of FP8 blocks, which torch
+# must unpack first. Of integers they do for any number of rows, or come within a tenth.
 FEW, FEW_FP8 = 32, 96
 
 
