@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from jevons.engine.disk import DiskTier
+from jevons.engine.drafts import Drafts
 from jevons.engine.pages import PagePool
-from jevons.engine.sampler import sample, uniform
+from jevons.engine.rows import Rows
 from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher
 from jevons.engine.speculation import Speculation
 from jevons.engine.types import Completion, Request, TokenEvent
@@ -31,7 +32,6 @@ from jevons.model import CausalLM, KVCache, build_meta
 from jevons.plan import count_parameters
 
 PAGE = 32
-COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
 SMALL = 8_000_000  # parameters; threads that share a smaller model's decode step on a CPU cost more than they give
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 CHUNK = 512  # tokens of prompts that run between two tokens of those that decode
@@ -62,21 +62,12 @@ class Engine:
         self._alone = device.type == "cpu" and count_parameters(model.config).total < SMALL
         self.cache = KVCache(model.config, pages, PAGE, dtype=cache_dtype, device=device)
         self._caches = [self.cache]
-        drafting = bool(model.mtp) and speculate != 0 and not deterministic
-        self.speculation = Speculation(speculate) if drafting else None
-        if drafting:
-            # Entry j holds what the MTP module made of token j+1 and the hidden state at j. A shared page's last entry so depends
-            # on a token that is not in its key: another branch's may be read there. It only makes a draft worse.
-            self.mtp_cache = KVCache(model.config, pages, PAGE, layers=1, dtype=cache_dtype, device=device)
-            self._caches.append(self.mtp_cache)
-        # one row a running sequence; kept as tensors so that a decode step builds nothing from Python lists
-        self._table = torch.zeros(max_batch, per_sequence, dtype=torch.long, device=device)
-        self._length = torch.zeros(max_batch, dtype=torch.long)  # tokens in the cache
-        self._last = torch.zeros(max_batch, dtype=torch.long)
-        self._temperature = torch.ones(max_batch)
-        self._top_p = torch.ones(max_batch)
-        self._seed = np.zeros(max_batch, dtype=np.uint64)
-        self._drafts: dict[Sequence, list[int]] = {}  # for the next pass; a sequence that is not in it does not draft
+        self.rows, self.device = Rows(max_batch, per_sequence, device), device
+        self.drafts: Drafts | None = None
+        if model.mtp and speculate != 0 and not deterministic:
+            cache = KVCache(model.config, pages, PAGE, layers=1, dtype=cache_dtype, device=device)
+            self.drafts = Drafts(model, self.rows, Speculation(speculate), cache)
+            self._caches.append(cache)
         self._events: list[TokenEvent] = []  # for the next step to hand out
         self._counts = dict.fromkeys((f"{kind}_tokens" for kind in ("prompt", "cached", "drafted", "accepted", "generated")), 0)
         self._decode_seconds, self._prefill_rate = 0.0, 0.0  # of the last steps, for `patient`
@@ -122,9 +113,9 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and how the pages are used now."""
-        pool = self.scheduler.pool
+        pool, drafting = self.scheduler.pool, self.drafts is not None and self.drafts.speculation.paying
         return self._counts | {"preemptions": self.scheduler.preemptions, "pages_free": pool.free, "pages_cached": pool.cached,
-                               "pages_used": pool.used, "speculating": int(bool(self.speculation and self.speculation.paying))}
+                               "pages_used": pool.used, "speculating": int(drafting)}
 
     def close(self) -> None:
         """Finish writing cached pages to the disk."""
@@ -186,16 +177,15 @@ class Engine:
     def _admit(self) -> None:
         def copy(source: int, page: int) -> None:
             for cache in self._caches:
-                cache.data[:, page] = cache.data[:, source]
+                cache.copy_page(source, page)
 
         restore = self._restore if self.disk is not None else None
         for sequence in self.scheduler.admit(lambda s: self.scheduler.adopt_prefix(s, copy, restore)):
             if not sequence.preempted:
                 self._counts["prompt_tokens"] += len(sequence.request.prompt_ids)
                 self._counts["cached_tokens"] += sequence.cached_tokens
-            self._drafts.pop(sequence, None)
-            if self.speculation is not None and self.speculation.enrol():
-                self._drafts[sequence] = []
+            if self.drafts is not None:
+                self.drafts.admit(sequence)
 
     def _prefill(self) -> list[TokenEvent]:
         budget = PREFILL_TOKENS
@@ -226,28 +216,29 @@ class Engine:
         """Some tokens of some prompts; those that end give their first token and run from then on."""
         sequences, counts = [s for s, _ in chunks], [count for _, count in chunks]
         starts = [s.computed for s in sequences]
-        meta = build_meta(self._tables(sequences), starts, counts, PAGE)
+        meta = build_meta(self.rows.tables(sequences), starts, counts, PAGE)
         flat = [i for s, n in chunks for i in s.tokens[s.computed : s.computed + n]]
-        hidden = self.model(torch.tensor(flat, device=self._table.device), meta.positions_N, self.cache, meta)
+        hidden = self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
         last = (np.cumsum(counts) - 1).tolist()
         fresh, events, ended = [], [], []
         for (sequence, count), at in zip(chunks, last, strict=True):
             sequence.computed += count
             if sequence.computed == sequence.goal:
                 self.scheduler.start(sequence)
-                self._set_row(sequence)
+                self.rows.set(sequence)
                 if not sequence.produced:
                     fresh.append((sequence, at))
         if fresh:
             logits = self.model.logits(hidden[[at for _, at in fresh]]).cpu()
-            tokens, logprobs = self._choose(logits, torch.tensor([s.row for s, _ in fresh]))
+            tokens, logprobs = self.rows.choose(logits, torch.tensor([s.row for s, _ in fresh]))
             for i, ((sequence, _), token, logprob) in enumerate(zip(fresh, tokens.tolist(), logprobs.tolist(), strict=True)):
                 if self._emit(sequence, token, logprob, logits[i], events):
                     ended.append(sequence)
                 else:
-                    self._last[sequence.row] = sequence.tokens[-1]
-        if self._drafts:
-            self._draft(hidden, [part for part in zip(sequences, starts, counts, last, strict=True) if part[0] not in ended])
+                    self.rows.follow(sequence)
+        if self.drafts:
+            parts = [part for part in zip(sequences, starts, counts, last, strict=True) if part[0] not in ended]
+            self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
         for sequence in sequences:
             if sequence not in ended:
                 self._register(sequence)
@@ -257,17 +248,17 @@ class Engine:
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def _decode(self) -> list[TokenEvent]:
-        begin, events = time.perf_counter(), []
+        begin, events, drafts = time.perf_counter(), [], self.drafts
         for sequence in list(self.scheduler.running):
-            drafts = self._drafts.get(sequence, ())
-            if sequence.row is not None and sequence.computed + 1 + len(drafts) > len(sequence.pages) * PAGE:
+            more = 1 + len(drafts.get(sequence, ())) if drafts else 1
+            if sequence.row is not None and sequence.computed + more > len(sequence.pages) * PAGE:
                 self._grow(sequence)
         running = list(self.scheduler.running)
         if not running:
             return events
         if self.deterministic:
             ended = [gone for sequence in running for gone in self._decode_rows([sequence], events)]
-        elif any(sequence in self._drafts for sequence in running):
+        elif drafts and any(sequence in drafts for sequence in running):
             ended = self._verify(running, events)
         else:
             ended = self._decode_rows(running, events)
@@ -280,26 +271,27 @@ class Engine:
         held = len(sequence.pages)
         room, moves = self.scheduler.make_room(sequence, 1)
         for source, row in moves:
-            self._move(source, row)
+            self.rows.move(source, row)
         if not room:
             return
-        drafts = self._drafts.get(sequence)
+        drafts = self.drafts.get(sequence) if self.drafts else None
         if drafts and (more := -(-(sequence.computed + 1 + len(drafts)) // PAGE) - len(sequence.pages)) > 0:
             if (taken := self.scheduler.pool.take(more)) is not None:
                 sequence.pages += taken
             else:
                 del drafts[len(sequence.pages) * PAGE - sequence.computed - 1 :]
-        self._table[sequence.row, held : len(sequence.pages)] = torch.tensor(sequence.pages[held:], device=self._table.device)
+        self.rows.grow(sequence, held)
 
     def _decode_rows(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
         """One token for each of some consecutive rows. Returns those that ended."""
         first, end = sequences[0].row, sequences[-1].row + 1
-        meta = build_meta(self._table[first:end], self._length[first:end], None, PAGE)
-        hidden = self.model(self._last[first:end].to(self._table.device), meta.positions_N, self.cache, meta)
-        self._length[first:end] += 1
+        rows = self.rows
+        meta = build_meta(rows.table[first:end], rows.length[first:end], None, PAGE)
+        hidden = self.model(rows.last[first:end].to(self.device), meta.positions_N, self.cache, meta)
+        rows.length[first:end] += 1
         logits = self.model.logits(hidden).cpu()
-        tokens, logprobs = self._choose(logits, slice(first, end))
-        self._last[first:end] = tokens
+        tokens, logprobs = rows.choose(logits, slice(first, end))
+        rows.last[first:end] = tokens
         ended = []
         for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
             sequence.computed += 1
@@ -307,21 +299,21 @@ class Engine:
             if self._emit(sequence, token, logprob, logits[i], events):
                 ended.append(sequence)
             elif forced:
-                self._last[first + i] = sequence.tokens[-1]
+                rows.follow(sequence)
         return ended
 
     def _verify(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
         """All rows at once, each with its last token and its drafts: as many tokens as drafts were right, and one more."""
         begin = time.perf_counter()
-        drafts = [self._drafts.get(sequence, []) for sequence in sequences]
+        drafts = [self.drafts.get(sequence, []) for sequence in sequences]
         counts = [1 + len(d) for d in drafts]
         starts = [s.computed for s in sequences]
-        meta = build_meta(self._table[: len(sequences)], starts, counts, PAGE)
+        meta = build_meta(self.rows.table[: len(sequences)], starts, counts, PAGE)
         flat = [i for s, d in zip(sequences, drafts, strict=True) for i in (s.tokens[-1], *d)]
-        hidden = self.model(torch.tensor(flat, device=self._table.device), meta.positions_N, self.cache, meta)
+        hidden = self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
         logits = self.model.logits(hidden).cpu()
         rows = meta.sequence_N.cpu()
-        tokens, logprobs = (t.tolist() for t in self._choose(logits, rows, meta.positions_N.cpu() + 1))
+        tokens, logprobs = (t.tolist() for t in self.rows.choose(logits, rows, meta.positions_N.cpu() + 1))
         ended, kept, at = [], [], 0
         for sequence, own, count in zip(sequences, drafts, counts, strict=True):
             accepted = 0
@@ -334,7 +326,7 @@ class Engine:
             if over:
                 ended.append(sequence)
             else:
-                self._length[sequence.row], self._last[sequence.row] = sequence.computed, sequence.tokens[-1]
+                self.rows.follow(sequence)
             sequence.drafted += len(own)
             sequence.accepted += accepted
             self._counts["drafted_tokens"] += len(own)
@@ -343,67 +335,14 @@ class Engine:
                 kept.append((sequence, sequence.computed - accepted - 1, accepted + 1, at + accepted))
             at += count
         passed = time.perf_counter() - begin
-        self._draft(hidden, kept)
+        self.drafts.make(hidden, kept, len(sequences))
         asked = max(map(len, drafts))
         seconds = time.perf_counter() - begin if asked else passed  # no drafts: what the module does is for a comparison
         mean = sum(sequence.computed - start for sequence, start in zip(sequences, starts, strict=True)) / len(sequences)
-        self.speculation.record(len(sequences), asked, seconds, mean)
+        self.drafts.speculation.record(len(sequences), asked, seconds, mean)
         return ended
 
-    def _draft(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]]) -> None:
-        """Run the MTP module over what was just computed, and set the drafts of the running sequences' next pass.
-
-        `parts`: (sequence, the position of its first token, how many, the row of `hidden` that holds its last)."""
-        batch = max(1, len(self.scheduler.running))
-        most = self.speculation.drafts(batch)
-        parts = [part for part in parts if part[0] in self._drafts]
-        if most is None:
-            for sequence, *_ in parts:
-                del self._drafts[sequence]
-            return
-        if not parts:
-            return
-        device, sequences = self._table.device, [part[0] for part in parts]
-        starts, counts = [part[1] for part in parts], [part[2] for part in parts]
-        table = self._tables(sequences)
-        meta = build_meta(table, starts, counts, PAGE)
-        picked = [row for _, _, count, last in parts for row in range(last - count + 1, last + 1)]
-        flat = [i for s, start, count, _ in parts for i in s.tokens[start + 1 : start + count + 1]]
-        out = self.model.forward_mtp(hidden[picked], torch.tensor(flat, device=device), meta.positions_N, self.mtp_cache, meta)
-        ends = np.cumsum(counts) - 1
-        for sequence in sequences:
-            self._drafts[sequence] = []
-        # no draft past a sequence's limit, and none whose entry would need another page
-        live = [(i, int(ends[i]), min(most, s.limit - s.produced - 1, len(s.pages) * PAGE - starts[i] - counts[i] + 1))
-                for i, s in enumerate(sequences) if s.row is not None]
-        tokens = None
-        for depth in range(most):
-            live = [(i, row, wanted) for i, row, wanted in live if wanted > depth]
-            if not live:
-                break
-            if depth:
-                indices = [i for i, *_ in live]
-                meta = build_meta(table[indices], [starts[i] + counts[i] + depth - 1 for i in indices], None, PAGE)
-                rows = [row for _, row, _ in live]
-                out = self.model.forward_mtp(out[rows], tokens[rows].to(device), meta.positions_N, self.mtp_cache, meta)
-            else:
-                out = out[[row for _, row, _ in live]]
-            live = [(i, row, wanted) for row, (i, _, wanted) in enumerate(live)]
-            # drawn with the noise of the very token that it foretells: where the two distributions agree, so do the draws
-            slots = torch.tensor([sequences[i].row for i, *_ in live])
-            after = torch.tensor([len(sequences[i].tokens) + depth for i, *_ in live])
-            tokens, _ = self._choose(self.model.logits(out).cpu(), slots, after)
-            for (i, *_), token in zip(live, tokens.tolist(), strict=True):
-                self._drafts[sequences[i]].append(token)
-
     # -- what comes of it ---------------------------------------------------------------------------------------------
-
-    def _choose(self, logits: torch.Tensor, rows: torch.Tensor | slice, positions: torch.Tensor | None = None,
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and log-probs by the parameters of `rows`; `positions` are the tokens' own, by default the next ones."""
-        at = (self._length[rows] if positions is None else positions).numpy().astype(np.uint64)
-        seeds = self._seed[rows] if isinstance(rows, slice) else self._seed[rows.numpy()]
-        return sample(logits, self._temperature[rows], self._top_p[rows], torch.from_numpy(uniform(seeds, at)))
 
     def _emit(self, sequence: Sequence, token: int, logprob: float, logits_V: torch.Tensor, events: list[TokenEvent]) -> bool:
         """Append a sampled token, or the one that is forced; whether it was the last."""
@@ -411,14 +350,11 @@ class Engine:
         if logprob != logprob:
             error = "the model's logits are not finite; a weight is damaged"
             events.append(TokenEvent(request.request_id, None, 0.0, "error", error, sequence.usage()))
-            for page in filter(self.scheduler.pool.sole, sequence.pages):
-                for cache in self._caches:  # others read these cells past their own length, and 0 * NaN is NaN
-                    cache.data[:, page] = 0
             sequence.keys, sequence.computed = [], 0  # nothing of it may be found again
             return True
         if sequence.forced:
             token = sequence.forced.popleft()
-            heat = self._temperature[sequence.row].item() or 1.0
+            heat = self.rows.temperature[sequence.row].item() or 1.0
             logprob = (logits_V.float() / heat).log_softmax(-1)[token].item()
         sequence.accept(token)
         self._counts["generated_tokens"] += 1
@@ -437,44 +373,25 @@ class Engine:
             self._remove(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
-        self._drafts.pop(sequence, None)
+        if self.drafts:
+            self.drafts.pop(sequence, None)
         move = self.scheduler.remove(sequence)
         if move is not None:
-            self._move(*move)
+            self.rows.move(*move)
 
-    # -- rows and pages -----------------------------------------------------------------------------------------------
-
-    def _set_row(self, sequence: Sequence) -> None:
-        row, params = sequence.row, sequence.request.params
-        self._temperature[row] = params.temperature if params.temperature > COLDEST else 0.0
-        self._top_p[row] = params.top_p
-        self._seed[row] = params.seed % 2**64
-        self._length[row], self._last[row] = sequence.computed, sequence.tokens[-1]
-        self._table[row, : len(sequence.pages)] = torch.tensor(sequence.pages, device=self._table.device)
-
-    def _move(self, source: int, row: int) -> None:
-        for rows in (self._length, self._last, self._temperature, self._top_p, self._seed, self._table):
-            rows[row] = rows[source]
-
-    def _tables(self, sequences: list[Sequence]) -> torch.Tensor:
-        longest = max(len(s.pages) for s in sequences)
-        return torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences], device=self._table.device)
+    # -- pages --------------------------------------------------------------------------------------------------------
 
     def _register(self, sequence: Sequence) -> None:
         for key, page in self.scheduler.register_pages(sequence):
             if self.disk is not None and key not in self.disk:
-                parts = [cache.data[:, page].contiguous().view(torch.uint8).cpu().numpy().tobytes() for cache in self._caches]
-                self.disk.put(key, b"".join(parts))
+                self.disk.put(key, b"".join(cache.page_bytes(page) for cache in self._caches))
 
     def _restore(self, key: bytes, page: int) -> bool:
         """Fill a page from the disk; False where it is not there or of another size."""
-        data = self.disk.get(key)
-        if data is None or len(data) != sum(cache.data[:, page].nbytes for cache in self._caches):
+        data, sizes = self.disk.get(key), [cache.data[:, page].nbytes for cache in self._caches]
+        if data is None or len(data) != sum(sizes):
             return False
-        at = 0
-        for cache in self._caches:
-            cells = cache.data[:, page]
-            part = torch.frombuffer(bytearray(data[at : at + cells.nbytes]), dtype=cells.dtype)
-            cache.data[:, page] = part.view(cells.shape).to(cells.device)
-            at += cells.nbytes
+        for cache, size in zip(self._caches, sizes, strict=True):
+            cache.fill_page(page, data[:size])
+            data = data[size:]
         return True
