@@ -38,6 +38,17 @@ class KVCache:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    def copy_page(self, source: int, page: int) -> None:
+        self.data[:, page] = self.data[:, source]
+
+    def page_bytes(self, page: int) -> bytes:
+        """A page of all layers, for `fill_page`."""
+        return self.data[:, page].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+    def fill_page(self, page: int, data: bytes) -> None:
+        cells = self.data[:, page]
+        self.data[:, page] = torch.frombuffer(bytearray(data), dtype=cells.dtype).view(cells.shape).to(cells.device)
+
     def write(self, layer: int, cells_N: torch.Tensor, values_NW: torch.Tensor) -> None:
         self.layers[layer].view(-1, self.data.shape[-1]).index_copy_(0, cells_N, values_NW.to(self.data.dtype))
 
