@@ -425,6 +425,18 @@ def test_fp8_blocks_of_a_checkpoint_stay_where_they_are(tmp_path):
     assert pack(model, "fp8").layers[0].self_attn.o_proj.weight.codes.data_ptr() == codes.data_ptr()
 
 
+def test_kv_b_of_a_mapped_fp8_checkpoint_is_unpacked_once(tmp_path):
+    save_checkpoint(tmp_path, lively(nano()), None, {})
+    module = load_checkpoint(tmp_path, need_tokenizer=False, frozen=True).model.layers[0].self_attn.kv_b_proj
+    dense_weight = module.weight.detach()
+    del module.weight
+    module.weight = Fp8Weight(*quantise_blocks(dense_weight))
+    first = module.dense(torch.float32)
+    assert module.dense(torch.float32) is first and module.dense(torch.bfloat16).dtype == torch.bfloat16
+    module.weight = Fp8Weight(*quantise_blocks(torch.zeros(module.weight.shape)))
+    assert (module.dense(torch.float32) == 0).all()
+
+
 def test_bad_packings(tmp_path):
     with pytest.raises(ValueError, match="weights 'int5': bf16, int8, fp8 or int4 would be right"):
         pack(lively(nano()), "int5")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import Fp8Weight, Rows, Weight, kernels, linear
+from jevons.numerics import Fp8Weight, Rows, Weight, dense, kernels, linear
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
 Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
@@ -31,9 +31,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.parts = parts
+        self._dense: tuple[Weight, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as one tensor; a packed one is unpacked once and kept, for those who ask at every step."""
+        if isinstance(self.weight, torch.Tensor):
+            return self.weight.to(dtype)
+        if self._dense is None or self._dense[0] is not self.weight or self._dense[1].dtype != dtype:
+            self._dense = self.weight, dense(self.weight, dtype)
+        return self._dense[1]
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         """Published names beside `name`, this module's own local name, with views of the rows they own."""

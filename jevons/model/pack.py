@@ -57,9 +57,8 @@ def _pack_module(module: nn.Module, name: str, kind: str, dtype: torch.dtype, pa
         if module.bias is not None:
             module.bias = _frozen(module.bias.to(dtype))
         if name.endswith("kv_b_proj"):
-            held = dense(module.weight, dtype)
-            del module.weight
-            module.weight = _frozen(pages.copy(held))
+            module.weight = _frozen(pages.copy(module.dense(dtype)))
+            module._dense = None
         elif not skip:
             parts = list((module.parts or {"": module.weight.shape[0]}).values())
             packer = _packer("int8" if kind == "int4" and name == "lm_head" else kind, dtype, pages)

@@ -35,8 +35,7 @@ def known_task(provenance: dict[str, Any]) -> Any:
 
 
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
-                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None,
-                        weights: str | None = None) -> None:
+                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None, weights: str | None) -> None:
     if dump is not None and not dump.resolve().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no directory {dump.parent}")
     use_threads()
@@ -63,11 +62,18 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 
 
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
-                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None,
-                     closing_words: str | None, weights: str | None = None) -> None:
+                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None, closing_words: str | None,
+                     weights: str | None, speculate: int | None, disk_cache: Path | None, disk_gib: float,
+                     deterministic: bool) -> None:
     use_threads()
     loaded = open_checkpoint(checkpoint, weights)
-    task = known_task(loaded.provenance)
+    task, disk, root = known_task(loaded.provenance), None, b""
+    if disk_cache is not None:
+        from jevons.engine.disk import DiskTier
+        from jevons.store.checkpoint import fingerprint
+
+        disk = DiskTier(disk_cache, int(disk_gib * 2**30))
+        root = fingerprint(checkpoint, str(weights))
     console = Console(stderr=True)
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
@@ -76,7 +82,8 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
         if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
             console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
                           f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
-        beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch)
+        beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch,
+                    speculate=speculate, deterministic=deterministic, disk=disk, root=root)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
         beside.run_forever(stop)
 
