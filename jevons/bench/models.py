@@ -46,7 +46,7 @@ def find_model(name: str, directory: Path, say: Callable[[str], None]) -> tuple[
 
 def make_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
     """A checkpoint in bfloat16 with random weights, so wide that attention, gates and logits are far from uniform: two programs
-    then choose the same tokens, and experts are chosen about evenly. Its tokenizer knows bytes only."""
+    then choose the same tokens, and experts are chosen about evenly. Its tokenizer knows hardly more than bytes."""
     import torch
 
     from jevons.data.tokenizer import train_tokenizer
@@ -64,7 +64,7 @@ def make_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
                 rows.copy_(torch.empty(rows.shape).normal_(generator=generator))
             if name != "embed_tokens.weight":
                 parameter.mul_(parameter.shape[-1] ** -0.5)
-    tokenizer = train_tokenizer(["3 7 19 -> 40\n"], 288)
+    tokenizer = train_tokenizer(["the answer is 40\n"] * 2, 288)  # llama.cpp wants at least one merge
     save_checkpoint(path, model, tokenizer, {"bench": _mark(config, seed)})
 
 

@@ -167,9 +167,9 @@ class Jevons:
     def pass_cost(self, drafts: int, context: int, rounds: int = 40) -> float:
         """What verifying `drafts` tokens and drafting as many anew costs over a plain pass, by the network's calls alone: what
         the engine spends around them is not in it, so a perfect engine reaches tokens per pass / this."""
-        model, page = self.model, 32
-        if drafts * 2 + context > model.config.max_position_embeddings:
-            raise BenchError(f"{context} tokens and {drafts} drafts are over the context of {model.config.max_position_embeddings}")
+        model, page, most = self.model, 32, self.model.config.max_position_embeddings
+        if context + 2 * drafts > most:
+            raise BenchError(f"{context} tokens and {drafts} drafts are over the context of {most}")
         pages = -(-(context + 2 * drafts + 2) // page)
         table = torch.arange(pages).view(1, -1)
         trunk = KVCache(model.config, pages, page)

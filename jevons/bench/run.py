@@ -148,7 +148,7 @@ def _open(options: Options, peers: Sequence[str], checkpoint: Path, config: Mode
         except ValueError as error:
             if side == "jevons":
                 raise
-            absent[side] = str(error)
+            absent[side] = " ".join(str(error).split())
 
 
 def _measure(what: str, workers: dict[str, Worker], config: ModelConfig, options: Options, say: Say) -> dict[str, Any]:

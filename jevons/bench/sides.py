@@ -23,6 +23,11 @@ def counts(threads: int) -> list[int]:
     return [threads, 1] if threads > 1 else [1]
 
 
+def sizes(jobs: int) -> list[int]:
+    """Batch sizes that a side tries, the likelier best one first."""
+    return [n for n in (32, 64, 16, 8) if n <= jobs] or [jobs]
+
+
 class Transformers:
     """`generate` on batches padded to the left; a batch lasts until its longest answer is done, as it does there."""
 
@@ -45,7 +50,7 @@ class Transformers:
         if getattr(self.transformers.AutoConfig.from_pretrained(self.checkpoint), "n_routed_experts", None):
             found["experts"] = ["grouped_mm", "batched_mm", "eager"]
         if what in BATCHED:
-            found["batch"] = [n for n in (32, 64, 16, 8) if n < 2 * len(jobs)]
+            found["batch"] = sizes(len(jobs))
         return found
 
     def stepper(self, jobs: Sequence[Job], settings: dict[str, Any]) -> Stepper:
@@ -118,7 +123,7 @@ class LlamaCppSide:
     def options(self, what: str, jobs: Sequence[Job]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"threads": counts(self.threads)}
         if what in BATCHED:
-            found["slots"] = [n for n in (32, 64, 16, 8) if n < 2 * len(jobs)]
+            found["slots"] = sizes(len(jobs))
         if what == "prefill":
             found["ubatch"] = [512, 2048, 1024, 256]
         return found
