@@ -77,6 +77,18 @@ class Renderer:
         """The prompt of a single user message."""
         return self.prompt([{"role": "user", "content": text}])
 
+    def close_thought(self, words: str = "") -> list[int]:
+        """Ids that end an open thought wherever it stands, as the model's own thoughts end: a newline, `words` on a line of
+        their own, `</think>`, and the newline that our tasks' worked solutions have before the answer. Raises ChatError
+        without such a token."""
+        return self._close("\n", words, "\n")
+
+    def _close(self, before: str, words: str, after: str) -> list[int]:
+        if self.special[END_THINK] < 0:
+            raise ChatError(f"the tokenizer has no token {END_THINK}, so that a thought could be closed")
+        before += words + before if words else ""
+        return [*(self.encode(before) if before else []), self.special[END_THINK], *(self.encode(after) if after else [])]
+
     def completion(self, text: str) -> list[int]:
         """Ids of a completion `thought</think>answer`, eos included. Text without `</think>` is all thought."""
         thought, tag, answer = text.partition(END_THINK)
@@ -176,6 +188,21 @@ class TemplateRenderer(Renderer):
 
         return self._special.sub(guard, content.replace(GUARD, "\ufffd"))
 
+    def close_thought(self, words: str = "") -> list[int]:
+        """Ids that end an open thought: what the template itself writes between a thought and its answer, where it shows
+        thoughts, with `words` before the tag. Otherwise as R1 writes, `\\n</think>\\n\\n`, after a prompt that ends in `<think>`
+        and a newline, and `</think>` alone after one without (DeepSeek-V3.1)."""
+        thought, answer = "thought", "answer"
+        question = {"role": "user", "content": "x"}
+        try:
+            shown = self.text([question, {"role": "assistant", "reasoning_content": thought, "content": answer}])
+        except ChatError:  # it may insist on a question at the end
+            shown = ""
+        if match := re.search(rf"{thought}(\s*){END_THINK}(\s*){answer}", shown):
+            return self._close(match[1], words, match[2])
+        lines = not self.text([question]).endswith(THINK)
+        return self._close("\n", words, "\n\n") if lines else self._close("", words, "")
+
     def completion(self, text: str) -> list[int]:
         """Ids of `thought</think>answer` and eos, after a prompt that opens the thought or leaves it to the model."""
         opened = self.text([{"role": "user", "content": "x"}]).rstrip().endswith(THINK)
@@ -250,6 +277,34 @@ class ReasoningParser:
             text = text.lstrip("\n")
             self._strip = not text
         return text
+
+
+_SPACE = re.compile(r"\s+")
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes down to, for comparing it with others: the last `\\boxed{...}` in it where there is one (as R1 is
+    asked to mark its result), else the whole of it; white space made single."""
+    at = text.rfind("\\boxed{")
+    if at >= 0:
+        begin = end = at + len("\\boxed{")
+        depth = 1
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if not depth:
+            text = text[begin : end - 1]
+    return _SPACE.sub(" ", text).strip()
+
+
+def count_votes(answers: Sequence[str | None]) -> list[tuple[str, list[int]]]:
+    """(answer, indices of those who gave it), most votes first and of equally many the one that came first. None and empty
+    answers do not vote."""
+    voters: dict[str, list[int]] = {}
+    for index, answer in enumerate(answers):
+        if answer and (final := final_answer(answer)):
+            voters.setdefault(final, []).append(index)
+    return sorted(voters.items(), key=lambda vote: -len(vote[1]))  # stable: the first to come stays first
 
 
 def split_thought(text: str) -> tuple[str, str]:

@@ -17,6 +17,10 @@ app = typer.Typer(name="jevons", no_args_is_help=True, add_completion=False, ric
 OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/RECIPE)")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="port on this machine; 0 takes a free one")]
 HostOption = Annotated[str, typer.Option("--host", help="address to bind; other machines reach it only if you say so")]
+ThinkingOption = Annotated[int | None, typer.Option(
+    "--max-thinking-tokens", min=0, help="a longer thought is closed, and the answer comes; a request may say otherwise")]
+ClosingOption = Annotated[str | None, typer.Option(
+    "--closing-words", help="what a thought that is closed early ends with (default: what its task says, else nothing)")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")]
 
 
@@ -47,16 +51,21 @@ def evaluate(checkpoint: CheckpointArgument,
              n: Annotated[int, typer.Option("--n", min=1, help="problems")] = 1000,
              seed: Annotated[int, typer.Option("--seed", min=0, help="which problems")] = 0,
              samples: Annotated[int, typer.Option(
-                 "--samples", min=1, help="answers per problem; above 1 sampled, with pass@k")] = 1,
+                 "--samples", min=1, help="answers per problem; above 1 sampled, with pass@k and cons@k")] = 1,
+             votes: Annotated[int | None, typer.Option(
+                 "--votes", min=1, help="the same, said as what is wanted: the answer that most of k samples give")] = None,
              temperature: Annotated[float | None, typer.Option(
-                 "--temperature", min=0, max=2, help="default: 0, or 1 with --samples")] = None,
+                 "--temperature", min=0, max=2, help="default: 0, or 1 with several samples")] = None,
              max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
              as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
              dump: Annotated[Path | None, typer.Option(
                  "--dump", help="write prompts and full answers, one JSON object a line")] = None) -> None:
-    """pass@1, pass@k and thinking length on problems never trained on, with 95 % intervals."""
+    """pass@1, pass@k, cons@k and thinking length on problems never trained on, with 95 % intervals."""
     from jevons.terminal.checkpoint import evaluate_checkpoint
 
+    if votes is not None and samples not in (1, votes):
+        raise typer.BadParameter(f"--votes {votes} and --samples {samples} both say how many answers; give one of them")
+    samples = votes or samples
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
     evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump)
@@ -69,21 +78,23 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           dollars_per_hour: Annotated[float, typer.Option("--dollars-per-hour", min=0, help="what this machine costs")] = 0.10,
           allow_host: Annotated[list[str] | None, typer.Option("--allow-host", help="further Host names to accept")] = None,
           api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None,
-          ) -> None:
+          max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal.checkpoint import serve_checkpoint
 
-    serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key)
+    serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key,
+                     max_thinking_tokens, closing_words)
 
 
 @app.command()
 def chat(checkpoint: CheckpointArgument,
          temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.6,
-         max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024) -> None:
-    """Talk to a checkpoint in the terminal; its thoughts stream dimmed."""
-    from jevons.terminal.checkpoint import chat_with
+         max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024,
+         max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None) -> None:
+    """Talk to a checkpoint in the terminal; its thoughts stream dimmed, and Ctrl-C in one asks for the answer."""
+    from jevons.terminal.talk import chat_with
 
-    chat_with(checkpoint, temperature, max_tokens)
+    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens, closing_words)
 
 
 @app.command()

@@ -6,10 +6,11 @@ import codecs
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from jevons.chat import EOS, SPECIAL_TOKENS, Renderer
-from jevons.engine.types import PromptTooLong, QueueFull, Request, TokenEvent
+from jevons.engine.types import PromptTooLong, QueueFull, Request, SamplingParams, TokenEvent, Usage
 
 
 class FakeTokenizer:
@@ -52,22 +53,74 @@ class _DecodeStream:
         return self._texts.get(token_id) or self._decoder.decode(bytes([token_id])) or None
 
 
-class FakeEngine:
-    """Says `script(request)`, one token a step, to at most `max_batch` requests at once.
+@dataclass
+class Speech:
+    """A request that runs: what it says and how far it is."""
 
-    `delay` is the time of a step; an exception in `failures` is raised by the next step. Stop strings it does not know:
-    the server must hold by itself what it promises. It insists on being used by one thread.
+    request: Request
+    ids: list[int]
+    at: int = 0
+    said: list[int] = field(default_factory=list)
+    closing: deque[int] = field(default_factory=deque)
+    thinking: bool = True
+    asked: list[str] = field(default_factory=list)  # ids of those who were asked to end their thoughts
+    drafted: int = 0
+    accepted: int = 0
+    closed: str | None = None
+
+    def next(self) -> int:
+        """The next token: the script's, or one of those that close the thought."""
+        params = self.request.params
+        if params.thinking is not None and self.thinking and self.closed is None and (why := self._why(params)):
+            self.closed, self.closing = why, deque(params.thinking.close_ids)
+            end = params.thinking.end_id
+            self.at = self.ids.index(end) + 1 if end in self.ids else len(self.ids) - 1
+        if self.closing:
+            token = self.closing.popleft()
+        else:
+            token, self.at = self.ids[self.at], self.at + 1
+        self.said.append(token)
+        if params.thinking is not None and token == params.thinking.end_id:
+            self.thinking = False
+        return token
+
+    def _why(self, params: SamplingParams) -> str | None:
+        if self.request.request_id in self.asked:
+            return "asked"
+        if params.thinking.max_tokens is not None and len(self.said) >= params.thinking.max_tokens:
+            return "budget"
+        return "loop" if self.loops() else None
+
+    def loops(self) -> bool:
+        """Forty times the same token is a loop."""
+        return self.request.params.loop_guard and len(self.said) >= 40 and len(set(self.said[-40:])) == 1
+
+    def usage(self, cached: int) -> Usage:
+        cached = min(cached, len(self.request.prompt_ids) - 1)
+        return Usage(cached, self.drafted, self.accepted, 0, self.closed, self.closed is None and self.loops())
+
+
+class FakeEngine:
+    """Says `script(request)`, `burst` tokens a step (all but one of them drafts), to at most `max_batch` requests at once.
+
+    `delay` is the time of a step; an exception in `failures` is raised by the next step; what `poison(request)` says ends
+    that request with an error after two tokens. `cached` is what every prompt finds in the cache. Stop strings it does not
+    know: the server must hold by itself what it promises. It insists on being used by one thread.
     """
 
     def __init__(self, script: Callable[[Request], list[int]], eos_id: int, max_batch: int = 4, max_len: int = 1024,
-                 max_waiting: int = 256, delay: float = 0.0):
-        self.script, self.eos_id, self.delay = script, eos_id, delay
+                 max_waiting: int = 256, delay: float = 0.0, burst: int = 1, cached: int = 0,
+                 poison: Callable[[Request], str | None] = lambda request: None):
+        self.script, self.eos_id, self.delay, self.burst = script, eos_id, delay, burst
         self.max_batch, self.max_len, self.max_waiting = max_batch, max_len, max_waiting
+        self.cached, self.poison = cached, poison
         self.waiting: deque[Request] = deque()
-        self.running: dict[str, tuple[Request, list[int], int]] = {}
+        self.running: dict[str, Speech] = {}
         self.failures: list[Exception] = []
         self.seen: list[Request] = []
         self.cancelled: list[str] = []
+        self.asked: list[str] = []
+        self.generated = self.prompt_tokens = self.cached_tokens = self.drafted = self.accepted = 0
         self.owner: int | None = None
 
     @property
@@ -94,26 +147,48 @@ class FakeEngine:
         self.running.pop(request_id, None)
         self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
 
+    def end_thought(self, request_id: str) -> None:
+        self._check_thread()
+        self.asked.append(request_id)
+
+    def stats(self) -> dict[str, float]:
+        self._check_thread()
+        return {"prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens, "drafted_tokens": self.drafted,
+                "accepted_tokens": self.accepted, "preemptions": 0, "generated_tokens": self.generated,
+                "pages_free": self.max_batch - len(self.running), "pages_cached": 0, "pages_used": len(self.running),
+                "speculating": float(self.burst > 1)}
+
     def step(self) -> list[TokenEvent]:
         self._check_thread()
         while self.waiting and len(self.running) < self.max_batch:
             request = self.waiting.popleft()
-            self.running[request.request_id] = (request, self.script(request), 0)
+            self.running[request.request_id] = Speech(request, self.script(request), asked=self.asked)
+            self.prompt_tokens += len(request.prompt_ids)
+            self.cached_tokens += min(self.cached, len(request.prompt_ids) - 1)
         if self.delay:
             time.sleep(self.delay)
         if self.failures:
             raise self.failures.pop()
-        events = []
-        for request_id, (request, ids, at) in list(self.running.items()):
-            room = self.max_len - len(request.prompt_ids)
-            limit = min(room, request.params.max_tokens or room)
-            finish = "stop" if ids[at] == self.eos_id else "length" if at + 1 >= limit else None
-            events.append(TokenEvent(request_id, ids[at], -0.5, finish))
+        return [event for speech in list(self.running.values()) for event in self._say(speech)]
+
+    def _say(self, speech: Speech) -> Iterator[TokenEvent]:
+        request = speech.request
+        room = self.max_len - len(request.prompt_ids)
+        limit = min(room, request.params.max_tokens or room)
+        speech.drafted, self.drafted = speech.drafted + self.burst - 1, self.drafted + self.burst - 1
+        for index in range(self.burst):
+            error = self.poison(request) if len(speech.said) == 2 else None
+            token = None if error else speech.next()
+            finish = "error" if error else "stop" if token == self.eos_id else None
+            if finish is None and (len(speech.said) == limit or not speech.thinking and speech.loops()):
+                finish = "length"
+            self.generated += 1
+            speech.accepted, self.accepted = speech.accepted + (index > 0), self.accepted + (index > 0)
             if finish:
-                del self.running[request_id]
-            else:
-                self.running[request_id] = (request, ids, at + 1)
-        return events
+                del self.running[request.request_id]
+            yield TokenEvent(request.request_id, token, -0.5, finish, error, speech.usage(self.cached) if finish else None)
+            if finish:
+                return
 
 
 class Live:

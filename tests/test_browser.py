@@ -52,10 +52,12 @@ $$\\sum_{k=1}^{n} k = \\frac{n(n+1)}{2}$$
 
 
 def fake_app(metrics: Path | None, delay: float = 0.02, training: str | None = None) -> FastAPI:
-    """Questions steer it: "busy" is refused, "break" dies mid-stream, "wait" waits, "long" thinks long, "rich" has Markdown."""
+    """Questions steer it: "busy" is refused, "break" dies mid-stream, "wait" waits, "long" thinks long, "rich" has Markdown,
+    "circles" thinks in circles."""
     app = FastAPI()
     app.state.delay = delay
     app.state.bodies, app.state.busy, app.state.training = [], True, training
+    app.state.asked, app.state.refuses = [], False
     info = PageInfo(lambda: "countdown-laptop", lambda: TAUGHT, lambda: EXAMPLES, 0.10, lambda: app.state.training)
     add_pages(app, info, metrics)
 
@@ -72,12 +74,33 @@ def fake_app(metrics: Path | None, delay: float = 0.02, training: str | None = N
                 "code": "overloaded",
             }
             return JSONResponse({"error": error}, 503, headers={"Retry-After": "2"})
-        return StreamingResponse(stream(question, app.state.delay), media_type="text/event-stream")
+        completion_id = f"chatcmpl-{len(app.state.bodies)}"
+        pieces = stream(question, app.state.delay, lambda: completion_id in app.state.asked, body.get("votes", 0))
+        return StreamingResponse(pieces, media_type="text/event-stream", headers={"X-Request-ID": completion_id})
+
+    @app.post("/v1/chat/completions/{completion_id}/answer_now")
+    async def answer_now(completion_id: str):
+        if not app.state.refuses:
+            app.state.asked.append(completion_id)
+        return {"id": completion_id, "closes_thought": not app.state.refuses}
 
     return app
 
 
-async def stream(question: str, delay: float) -> AsyncIterator[str]:
+VOTES = {
+    "asked": 8,
+    "voted": 7,
+    "winner": "3*7+19 = 40",
+    "index": 1,
+    "tally": [
+        {"answer": "3*7+19 = 40", "count": 5, "share": 0.625, "indices": [1, 2, 3, 5, 7]},
+        {"answer": "19+7*3 <b>" + " and so on" * 20, "count": 1, "share": 0.125, "indices": [0]},
+        {"answer": "7-3", "count": 1, "share": 0.125, "indices": [4]},
+    ],
+}
+
+
+async def stream(question: str, delay: float, asked=lambda: False, votes: int = 0) -> AsyncIterator[str]:
     def chunk(delta: dict, finish: str | None = None, **more: object) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
         data = {"id": "x", "object": "chat.completion.chunk", "model": "m", "choices": [choice], **more}
@@ -86,11 +109,18 @@ async def stream(question: str, delay: float) -> AsyncIterator[str]:
     for _ in range(30 if "wait" in question else 1):
         yield ": keep-alive\n\n"
         await asyncio.sleep(0.1 if "wait" in question else 0)
+    for count in range(votes):
+        yield f": keep-alive, {count} of {votes} answered\n\n"
+        await asyncio.sleep(0 if asked() else 8 * delay)
     yield chunk({"role": "assistant", "content": None, "reasoning_content": ""})
     thought = re.findall(r"\S+\s*", RIGHT * (12 if "long" in question else 1))
-    for word in thought:
+    closed = "loop" if "circles" in question else None
+    for index, word in enumerate(thought):
+        if asked() and not votes:
+            closed, thought = "asked", thought[:index]
+            break
         yield chunk({"content": None, "reasoning_content": word})
-        await asyncio.sleep(delay)
+        await asyncio.sleep(0 if votes else delay)
     if "break" in question:
         return
     answer = re.findall(r"\S+\s*", MARKDOWN if "rich" in question else "3*7+19 = 40")
@@ -102,11 +132,17 @@ async def stream(question: str, delay: float) -> AsyncIterator[str]:
         "completion_tokens": len(thought) + len(answer),
         "total_tokens": 31 + len(thought) + len(answer),
         "cost": {"seconds": 0.9, "dollars": 0.9 * 0.10 / 3600},
-        "prompt_cache_hit_tokens": 0,
-        "prompt_cache_miss_tokens": 31,
-        "completion_tokens_details": {"reasoning_tokens": len(thought)},
+        "prompt_cache_hit_tokens": 24,
+        "prompt_cache_miss_tokens": 7,
+        "completion_tokens_details": {
+            "reasoning_tokens": len(thought),
+            "accepted_prediction_tokens": (len(thought) + len(answer)) // 2 if "draft" in question else 0,
+            "rejected_prediction_tokens": 3 if "draft" in question else 0,
+        },
+        "jevons": {"thought_closed": closed, "loop": False, "preempted": 0},
     }
-    yield chunk({"content": "", "reasoning_content": None}, "stop", usage=usage)
+    more = {"votes": VOTES} if votes else {}
+    yield chunk({"content": "", "reasoning_content": None}, "stop", usage=usage, **more)
     yield "data: [DONE]\n\n"
 
 
@@ -293,6 +329,7 @@ def test_settings_and_memory_reach_the_request(site):
     page = site.open()
     page.click("[aria-label=Settings]")
     page.fill("#max-tokens", "77")
+    page.fill("#max-thinking", "0")
     page.locator("#temperature").fill("1.5")
     page.keyboard.press("Escape")
     page.fill("#question", "one")
@@ -309,8 +346,71 @@ def test_settings_and_memory_reach_the_request(site):
         True,
         "countdown-laptop",
     )
+    assert first["max_thinking_tokens"] == 0 and "votes" not in first
     assert first["messages"] == [{"role": "user", "content": "one\ntwo"}]
     assert [m["content"] for m in second["messages"]] == ["one\ntwo", "3*7+19 = 40", "three"]
+
+
+def test_answer_now_closes_the_thought(site):
+    site.app.state.delay = 0.03
+    page = site.open()
+    turn = ask(page, "long")
+    button = turn.get_by_role("button", name="Answer now")
+    button.wait_for()
+    page.keyboard.press("Shift+Tab")  # back from the question box
+    assert button.evaluate("button => button === document.activeElement")
+    page.keyboard.press("Enter")
+    turn.get_by_text("You asked for the answer; the thought was closed there.").wait_for()
+    finished(turn)
+    assert site.app.state.asked == ["chatcmpl-1"]
+    assert turn.locator(".markdown").inner_text() == "3*7+19 = 40"
+    assert not turn.locator(".answer-now").is_visible()
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY", "the focus is not lost with the button"
+    page.reload()
+    page.get_by_text("You asked for the answer; the thought was closed there.").wait_for()
+    site.app.state.refuses = True
+    turn = ask(page, "long again")
+    turn.get_by_role("button", name="Answer now").click()
+    turn.get_by_role("button", name="Answer now", disabled=False).wait_for()  # it was too late: nothing was closed
+    page.keyboard.press("Escape")
+    turn.get_by_text("You stopped this answer.").wait_for()
+    assert not turn.locator(".answer-now").is_visible()
+    assert (site.said, site.foreign) == ([], [])
+
+
+def test_what_the_engine_did_is_said(site):
+    page = site.open()
+    turn = finished(ask(page, "circles and drafts"))
+    assert turn.locator(".notice").inner_text() == "The thought went in circles and was closed."
+    usage = turn.locator(".usage").inner_text()
+    assert "31 in (24 cached)" in usage and re.search(r"(2\.00|1\.9\d) tokens/pass", usage)
+    assert "were right" in turn.locator(".usage span", has_text="tokens/pass").get_attribute("title")
+    assert "tokens/pass" not in finished(ask(page, "plain")).locator(".usage").inner_text()
+
+
+def test_asking_several_times_and_voting(site):
+    site.app.state.delay = 0.03
+    page = site.open()
+    page.select_option("#votes", "8")
+    turn = ask(page, "vote")
+    turn.get_by_text(re.compile(r"Asking 8 times; \d has|have answered so far")).wait_for()
+    turn.get_by_role("button", name="Answer now").click()
+    turn.locator(".tally").wait_for()
+    finished(turn)
+    rows = turn.locator(".tally li")
+    assert rows.locator(".count").all_inner_texts() == ["5 of 8", "1 of 8", "1 of 8", "1 of 8"]
+    assert rows.first.get_attribute("class") == "winner" and rows.last.inner_text().startswith("no answer")
+    assert turn.locator("b").count() == 0, "an answer is text, never HTML"
+    width = rows.first.locator("i").evaluate("bar => bar.offsetWidth / bar.parentElement.offsetWidth")
+    assert width == pytest.approx(5 / 8, abs=0.02)
+    assert turn.locator(".label").inner_text() == "Thought of the answer chosen"
+    assert [body.get("votes") for body in site.app.state.bodies] == [8] and site.app.state.asked == ["chatcmpl-1"]
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.reload()
+    page.locator(".tally li").first.wait_for()
+    assert page.locator("#votes").input_value() == "8"
+    assert (site.said, site.foreign) == ([], [])
 
 
 def test_errors_are_shown_in_place(site):

@@ -71,7 +71,8 @@ def test_help_names_every_command(tmp_path):
     assert code == 0
     for name in ("up", "run", "eval", "serve", "chat", "info"):
         assert re.search(rf"^  {name} +\w", text, re.M)
-    wrong = (("fly",), ("run",), ("up", "--port", "99999"), ("eval", ".", "--n", "0"), ("chat", ".", "--temperature", "9"))
+    wrong = (("fly",), ("run",), ("eval", ".", "--votes", "2", "--samples", "3"),
+             ("up", "--port", "99999"), ("eval", ".", "--n", "0"), ("chat", ".", "--temperature", "9"))
     for arguments in wrong:
         code, text = jevons(*arguments, log=tmp_path / "log")
         assert code == 2 and "Traceback" not in text and "Error" in text
@@ -227,8 +228,8 @@ def test_eval_can_be_rescored_by_anybody(whole, tmp_path):
     assert sum(right) / len(right) == result["accuracy"] and len(right) == 12
     code, text = jevons(*arguments, log=tmp_path / "log")
     assert code == 0 and f"{result['accuracy']:.1%}" in text and "95 % interval" in text
-    code, text = jevons(*arguments, "--samples", 3, log=tmp_path / "log")
-    assert code == 0 and "pass@3" in text
+    code, text = jevons(*arguments, "--votes", 3, log=tmp_path / "log")
+    assert code == 0 and re.findall(r"^(\S+@\d) +[\d.]+%  \(95 % interval", text, re.M) == ["pass@1", "cons@3", "pass@3"]
     code, text = jevons("eval", whole[1] / "final", "--task", "countdown", "--numbers", 4, "--n", 3, "--max-tokens", 4, "--json",
                         log=tmp_path / "log")
     assert code == 0 and json.loads(text)["task"] == "countdown", text

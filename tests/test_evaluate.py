@@ -85,7 +85,39 @@ def test_several_samples_a_problem(tokenizer, model, tmp_path):
     by_problem = [[x["correct"] for x in lines[i : i + 5]] for i in range(0, 60, 5)]
     assert shares == [sum(c) / 5 for c in by_problem]
     assert result.pass_at_k == sum(any(c) for c in by_problem) / 12 >= result.accuracy
+    assert (result.pass_low, result.pass_high) == wilson(round(12 * result.pass_at_k), 12)
     assert result.mtp_acceptance is None, "that is a number about greedy answers"
+
+
+def test_the_majority_s_answer_is_what_is_scored(tokenizer, model, monkeypatch):
+    """cons@k against a plain count: of what ended by itself, the commonest text after the thought, the first of equals."""
+    n, k = 40, random.randint(2, 7)
+    answers = [random.choice(["even", "odd", " even\n", "\\boxed{odd}", "other", ""]) for _ in range(n * k)]
+    cut = [random.random() < 0.2 for _ in answers]
+    texts = [f"hm{'m' * i}</think>{answer}" for i, answer in enumerate(answers)]
+
+    class Scripted:
+        def __init__(self, *args, **options):
+            pass
+
+        def generate(self, requests, on_step):
+            return [Completion(r.request_id, r.prompt_ids, tokenizer.renderer().completion(text)[: -1 if short else None],
+                               finish_reason="length" if short else "stop")
+                    for r, text, short in zip(requests, texts, cut, strict=True)]
+
+    monkeypatch.setattr("jevons.reason.evaluate.Engine", Scripted)
+    result, shares = evaluate(model, tokenizer, Even(), n, samples=k, temperature=1.0)
+    right = 0
+    for i in range(0, n * k, k):
+        votes = {}
+        for j in range(i, i + k):
+            final = {"\\boxed{odd}": "odd"}.get(answers[j], answers[j].strip())
+            if final and not cut[j]:
+                votes.setdefault(final, []).append(j)
+        chosen = max(votes.values(), key=len)[0] if votes else i  # max keeps the first of equals
+        right += len(texts[chosen]) % 2 == 0
+    assert result.cons_at_k == right / n and (result.cons_low, result.cons_high) == wilson(right, n)
+    assert shares == [sum(len(text) % 2 == 0 for text in texts[i : i + k]) / k for i in range(0, n * k, k)]
 
 
 def test_mtp_acceptance_is_a_plain_count(tokenizer, model):

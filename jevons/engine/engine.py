@@ -1,14 +1,19 @@
-"""The engine: continuous batching over the latent cache. Rollouts and HTTP both use `submit / step / cancel`.
+"""The engine: continuous batching over the paged cache. Rollouts and HTTP both use `submit / step / cancel`.
 
 One thread owns it, the one that owns the weights. It reads the model's live parameters: training needs no copy.
 
-The life of a request: `submit` queues it; the next `step` admits it into a slot and runs its prompt (one ragged call
-for all that were admitted), which gives its first token; every further step decodes one token for all running ones;
-at eos, a stop string, its limit or `cancel` it leaves, and the last running sequence takes over its slot.
+The life of a request: `submit` queues it; a `step` admits it, with the pages of a prefix that is known already; its prompt runs
+in chunks beside those that decode, and gives its first token; every further step decodes one token for all running ones, or
+several where the MTP module drafted them; at eos, a stop string, its limit or `cancel` it leaves, and its pages are free or
+cached.
+
+A token is always what its request's seed and its position say (greedy: the best logit), whether it was drafted or not: a draft
+is accepted where it is the token that would have come anyway. So speculation changes no text and no distribution.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -16,38 +21,56 @@ from typing import Any
 import numpy as np
 import torch
 
-from jevons.engine.sampler import sample, uniform
+from jevons.engine.disk import DiskTier
+from jevons.engine.drafts import Drafts
+from jevons.engine.pages import PagePool
+from jevons.engine.rows import Rows
 from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher
+from jevons.engine.speculation import Speculation
 from jevons.engine.types import Completion, Request, TokenEvent
 from jevons.model import CausalLM, KVCache, build_meta
 from jevons.plan import count_parameters
 
 PAGE = 32
-COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
 SMALL = 8_000_000  # parameters; threads that share a smaller model's decode step on a CPU cost more than they give
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
+CHUNK = 512  # tokens of prompts that run between two tokens of those that decode
 
 
 class Engine:
-    """`eos_id` ends a sequence. `tokenizer` is needed only for requests with stop strings."""
+    """`eos_id` ends a sequence. `tokenizer` is needed only for requests with stop strings.
+
+    `prefix_cache`: keep the pages of prompts and answers for those that begin the same; only while the weights do not change.
+    `disk` keeps them over restarts. `speculate`: drafts of the MTP module per pass, None to find out what pays (by the clock).
+    `pages`: of PAGE tokens each; by default as many as `max_batch` sequences of `max_len` need.
+    `patient`: chunks of prompts are as short as it takes that running streams hardly notice them (by the clock).
+    `deterministic`: every sequence is computed by itself, so that the same request has the same bits in any company.
+    """
 
     def __init__(self, model: CausalLM, eos_id: int, max_batch: int = 64, max_len: int = 1024, max_waiting: int = 256,
-                 tokenizer: Any = None, cache_dtype: torch.dtype = torch.float32):
+                 tokenizer: Any = None, cache_dtype: torch.dtype = torch.float32, pages: int | None = None,
+                 prefix_cache: bool = False, disk: DiskTier | None = None, root: bytes = b"", speculate: int | None = 0,
+                 patient: bool = False, deterministic: bool = False):
         max_len = min(max_len, model.config.max_position_embeddings)
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
-        self.scheduler = Scheduler(max_batch, max_len, max_waiting)
+        per_sequence = -(-max_len // PAGE)
+        pages = max_batch * per_sequence if pages is None else pages
+        pool = PagePool(pages, PAGE, prefix_cache and not deterministic, root)
+        self.scheduler = Scheduler(max_batch, max_len, max_waiting, pool)
+        self.deterministic, self.patient, self.disk = deterministic, patient, disk if pool.caching else None
         device = model.embed_tokens.weight.device
         self._alone = device.type == "cpu" and count_parameters(model.config).total < SMALL
-        self._pages = -(-max_len // PAGE)  # per slot
-        self.cache = KVCache(model.config, max_batch * self._pages, PAGE, dtype=cache_dtype, device=device)
-        self._table = torch.arange(max_batch * self._pages, device=device).view(max_batch, self._pages)
-        # one row a slot; kept as tensors so that a decode step builds nothing from Python lists
-        self._length = torch.zeros(max_batch, dtype=torch.long)  # tokens in the cache
-        self._last = torch.zeros(max_batch, dtype=torch.long)
-        self._temperature = torch.ones(max_batch)
-        self._top_p = torch.ones(max_batch)
-        self._seed = np.zeros(max_batch, dtype=np.uint64)
+        self.cache = KVCache(model.config, pages, PAGE, dtype=cache_dtype, device=device)
+        self._caches = [self.cache]
+        self.rows, self.device = Rows(max_batch, per_sequence, device), device
+        self.drafts: Drafts | None = None
+        if model.mtp and speculate != 0 and not deterministic:
+            cache = KVCache(model.config, pages, PAGE, layers=1, dtype=cache_dtype, device=device)
+            self.drafts = Drafts(model, self.rows, Speculation(speculate), cache)
+            self._caches.append(cache)
         self._events: list[TokenEvent] = []  # for the next step to hand out
+        self._counts = dict.fromkeys((f"{kind}_tokens" for kind in ("prompt", "cached", "drafted", "accepted", "generated")), 0)
+        self._decode_seconds, self._prefill_rate = 0.0, 0.0  # of the last steps, for `patient`
 
     @property
     def has_work(self) -> bool:
@@ -64,6 +87,8 @@ class Engine:
             raise ValueError(f"temperature {params.temperature} must lie in 0..100 and top_p {params.top_p} in (0, 1]")
         if any(not 0 <= i < vocab for i in request.prompt_ids):
             raise ValueError(f"a prompt id lies outside the vocabulary of {vocab}")
+        if params.thinking and any(not 0 <= i < vocab for i in params.thinking.close_ids):
+            raise ValueError(f"thinking.close_ids {list(params.thinking.close_ids)} reach outside the vocabulary of {vocab}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need an engine with a tokenizer")
         if not all(params.stop):
@@ -74,25 +99,43 @@ class Engine:
         return request.request_id
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its slot is free at once. Unknown or finished ids are ignored."""
+        """End a request; its row and pages are free at once. Unknown or finished ids are ignored."""
         sequence = self.scheduler.find(request_id)
         if sequence is not None:
             self._remove(sequence)
-            self._events.append(TokenEvent(request_id, None, finish_reason="cancelled"))
+            self._events.append(TokenEvent(request_id, None, finish_reason="cancelled", usage=sequence.usage()))
+
+    def end_thought(self, request_id: str) -> None:
+        """Close the thought of a request now, so that its answer comes. Unknown ids, and thoughts that are over, are ignored."""
+        sequence = self.scheduler.find(request_id)
+        if sequence is not None:
+            sequence.close_thought("asked")
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, and how the pages are used now."""
+        pool, drafting = self.scheduler.pool, self.drafts is not None and self.drafts.speculation.paying
+        return self._counts | {"preemptions": self.scheduler.preemptions, "pages_free": pool.free, "pages_cached": pool.cached,
+                               "pages_used": pool.used, "speculating": int(drafting)}
+
+    def close(self) -> None:
+        """Finish writing cached pages to the disk."""
+        if self.disk is not None:
+            self.disk.close()
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Admit and prefill what waits, or decode one token for every running sequence."""
+        """Decode for every running sequence, and run a chunk of the prompts that wait."""
         events, self._events = self._events, []
-        running = len(self.scheduler.running)
         threads = torch.get_num_threads()
         try:
             if self._alone and threads > 1:
                 torch.set_num_threads(1)
-            if self.scheduler.waiting and running < self.scheduler.max_batch:
-                events += self._prefill(self.scheduler.admit())
-            elif running:
-                events += self._emit(list(self.scheduler.running), self._decode(running))
+            if self.scheduler.waiting:
+                self._admit()
+            if self.scheduler.running:
+                events += self._decode()
+            if self.scheduler.prefilling:
+                events += self._prefill()
         finally:
             if self._alone and threads > 1:
                 torch.set_num_threads(threads)
@@ -119,8 +162,9 @@ class Engine:
                     if event.token_id is not None:
                         completion.token_ids.append(event.token_id)
                         completion.logprobs.append(event.logprob)
-                    completion.finish_reason = event.finish_reason
                     if event.finish_reason:
+                        completion.finish_reason = event.finish_reason
+                        completion.usage = event.usage
                         unfinished.discard(event.request_id)
         finally:
             for request_id in unfinished:
@@ -128,91 +172,226 @@ class Engine:
             self._events = others + [event for event in self._events if event.request_id not in done]
         return [done[r.request_id] for r in requests]
 
-    # -- one call of the model ----------------------------------------------------------------------------------------
+    # -- prompts ------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, sequences: list[Sequence]) -> list[TokenEvent]:
-        events: list[TokenEvent] = []
-        for sequence in sequences:
-            params, slot = sequence.request.params, sequence.slot
-            self._temperature[slot] = params.temperature if params.temperature > COLDEST else 0.0
-            self._top_p[slot] = params.top_p
-            self._seed[slot] = params.seed % 2**64
-            self._length[slot] = len(sequence.request.prompt_ids)
-        outputs = []
-        first = 0
-        while first < len(sequences):  # the slots are consecutive: what was admitted follows what was running
-            end, longest = first, 0
-            while end < len(sequences):
-                longest = max(longest, len(sequences[end].request.prompt_ids))
-                if end > first and (end + 1 - first) * longest > PREFILL_TOKENS:
-                    break
-                end += 1
-            outputs.append(self._run_prompts(sequences[first:end]))
-            first = end
-        tokens = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-        events += self._emit(sequences, (tokens[0], tokens[1]))
+    def _admit(self) -> None:
+        def copy(source: int, page: int) -> None:
+            for cache in self._caches:
+                cache.copy_page(source, page)
+
+        restore = self._restore if self.disk is not None else None
+        for sequence in self.scheduler.admit(lambda s: self.scheduler.adopt_prefix(s, copy, restore)):
+            if not sequence.preempted:
+                self._counts["prompt_tokens"] += len(sequence.request.prompt_ids)
+                self._counts["cached_tokens"] += sequence.cached_tokens
+            if self.drafts is not None:
+                self.drafts.admit(sequence)
+
+    def _prefill(self) -> list[TokenEvent]:
+        budget = PREFILL_TOKENS
+        if self.scheduler.running:
+            budget = CHUNK
+            if self.patient and self._prefill_rate:  # about as long as a decode step takes
+                budget = min(CHUNK, max(PAGE, int(self._decode_seconds * self._prefill_rate)))
+        plan, begin, events = self.scheduler.plan_prefill(budget), time.perf_counter(), []
+        for group in self._groups(plan):
+            events += self._run_prompts(group)
+        rate = sum(count for _, count in plan) / (time.perf_counter() - begin)
+        self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
         return events
 
-    def _run_prompts(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        slot, count = sequences[0].slot, len(sequences)
-        prompts = [s.request.prompt_ids for s in sequences]
-        table = self._table[slot : slot + count]
-        meta = build_meta(table, [0] * count, [len(p) for p in prompts], PAGE, first_page=int(table[0, 0]))
-        flat = torch.tensor([i for p in prompts for i in p], device=table.device)
-        hidden = self.model(flat, meta.positions_N, self.cache, meta)
-        ends = torch.tensor([len(p) for p in prompts], device=hidden.device).cumsum(0) - 1
-        return self._sample(hidden[ends], slot, slot + count)
+    def _groups(self, plan: list[tuple[Sequence, int]]) -> list[list[tuple[Sequence, int]]]:
+        """Calls of about PREFILL_TOKENS tokens, padded to the longest; deterministic: one sequence a call."""
+        groups: list[list[tuple[Sequence, int]]] = []
+        longest = 0
+        for sequence, count in plan:
+            longest = max(longest, count)
+            if not groups or self.deterministic or (len(groups[-1]) + 1) * longest > PREFILL_TOKENS:
+                groups.append([])
+                longest = count
+            groups[-1].append((sequence, count))
+        return groups
 
-    def _decode(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        table = self._table[:count]
-        meta = build_meta(table, self._length[:count], None, PAGE, first_page=0)
-        hidden = self.model(self._last[:count].to(table.device), meta.positions_N, self.cache, meta)
-        self._length[:count] += 1
-        return self._sample(hidden, 0, count)
+    def _run_prompts(self, chunks: list[tuple[Sequence, int]]) -> list[TokenEvent]:
+        """Some tokens of some prompts; those that end give their first token and run from then on."""
+        sequences, counts = [s for s, _ in chunks], [count for _, count in chunks]
+        starts = [s.computed for s in sequences]
+        meta = build_meta(self.rows.tables(sequences), starts, counts, PAGE)
+        flat = [i for s, n in chunks for i in s.tokens[s.computed : s.computed + n]]
+        hidden = self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
+        last = (np.cumsum(counts) - 1).tolist()
+        fresh, events, ended = [], [], []
+        for (sequence, count), at in zip(chunks, last, strict=True):
+            sequence.computed += count
+            if sequence.computed == sequence.goal:
+                self.scheduler.start(sequence)
+                self.rows.set(sequence)
+                if not sequence.produced:
+                    fresh.append((sequence, at))
+        if fresh:
+            logits = self.model.logits(hidden[[at for _, at in fresh]]).cpu()
+            tokens, logprobs = self.rows.choose(logits, torch.tensor([s.row for s, _ in fresh]))
+            for i, ((sequence, _), token, logprob) in enumerate(zip(fresh, tokens.tolist(), logprobs.tolist(), strict=True)):
+                if self._emit(sequence, token, logprob, logits[i], events):
+                    ended.append(sequence)
+                else:
+                    self.rows.follow(sequence)
+        if self.drafts:
+            parts = [part for part in zip(sequences, starts, counts, last, strict=True) if part[0] not in ended]
+            self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
+        for sequence in sequences:
+            if sequence not in ended:
+                self._register(sequence)
+        self._end(ended)
+        return events
 
-    def _sample(self, hidden: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> list[TokenEvent]:
+        begin, events, drafts = time.perf_counter(), [], self.drafts
+        for sequence in list(self.scheduler.running):
+            more = 1 + len(drafts.get(sequence, ())) if drafts else 1
+            if sequence.row is not None and sequence.computed + more > len(sequence.pages) * PAGE:
+                self._grow(sequence)
+        running = list(self.scheduler.running)
+        if not running:
+            return events
+        if self.deterministic:
+            ended = [gone for sequence in running for gone in self._decode_rows([sequence], events)]
+        elif drafts and any(sequence in drafts for sequence in running):
+            ended = self._verify(running, events)
+        else:
+            ended = self._decode_rows(running, events)
+        self._end(ended)
+        self._decode_seconds += (0.3 if self._decode_seconds else 1.0) * (time.perf_counter() - begin - self._decode_seconds)
+        return events
+
+    def _grow(self, sequence: Sequence) -> None:
+        """A page for the next token, at others' cost where none is left, and for its drafts where there is one."""
+        held = len(sequence.pages)
+        room, moves = self.scheduler.make_room(sequence, 1)
+        for source, row in moves:
+            self.rows.move(source, row)
+        if not room:
+            return
+        drafts = self.drafts.get(sequence) if self.drafts else None
+        if drafts and (more := -(-(sequence.computed + 1 + len(drafts)) // PAGE) - len(sequence.pages)) > 0:
+            if (taken := self.scheduler.pool.take(more)) is not None:
+                sequence.pages += taken
+            else:
+                del drafts[len(sequence.pages) * PAGE - sequence.computed - 1 :]
+        self.rows.grow(sequence, held)
+
+    def _decode_rows(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
+        """One token for each of some consecutive rows. Returns those that ended."""
+        first, end = sequences[0].row, sequences[-1].row + 1
+        rows = self.rows
+        meta = build_meta(rows.table[first:end], rows.length[first:end], None, PAGE)
+        hidden = self.model(rows.last[first:end].to(self.device), meta.positions_N, self.cache, meta)
+        rows.length[first:end] += 1
         logits = self.model.logits(hidden).cpu()
-        positions = self._length[first:end].numpy().astype(np.uint64)
-        noise = torch.from_numpy(uniform(self._seed[first:end], positions))
-        tokens, logprobs = sample(logits, self._temperature[first:end], self._top_p[first:end], noise)
-        self._last[first:end] = tokens
-        return tokens, logprobs
+        tokens, logprobs = rows.choose(logits, slice(first, end))
+        rows.last[first:end] = tokens
+        ended = []
+        for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
+            sequence.computed += 1
+            forced = bool(sequence.forced)
+            if self._emit(sequence, token, logprob, logits[i], events):
+                ended.append(sequence)
+            elif forced:
+                rows.follow(sequence)
+        return ended
+
+    def _verify(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
+        """All rows at once, each with its last token and its drafts: as many tokens as drafts were right, and one more."""
+        begin = time.perf_counter()
+        drafts = [self.drafts.get(sequence, []) for sequence in sequences]
+        counts = [1 + len(d) for d in drafts]
+        starts = [s.computed for s in sequences]
+        meta = build_meta(self.rows.table[: len(sequences)], starts, counts, PAGE)
+        flat = [i for s, d in zip(sequences, drafts, strict=True) for i in (s.tokens[-1], *d)]
+        hidden = self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
+        logits = self.model.logits(hidden).cpu()
+        rows = meta.sequence_N.cpu()
+        tokens, logprobs = (t.tolist() for t in self.rows.choose(logits, rows, meta.positions_N.cpu() + 1))
+        ended, kept, at = [], [], 0
+        for sequence, own, count in zip(sequences, drafts, counts, strict=True):
+            accepted = 0
+            for i in range(count):
+                sequence.computed += 1
+                over = self._emit(sequence, tokens[at + i], logprobs[at + i], logits[at + i], events)
+                if over or i == len(own) or sequence.tokens[-1] != own[i]:
+                    break
+                accepted += 1
+            if over:
+                ended.append(sequence)
+            else:
+                self.rows.follow(sequence)
+            sequence.drafted += len(own)
+            sequence.accepted += accepted
+            self._counts["drafted_tokens"] += len(own)
+            self._counts["accepted_tokens"] += accepted
+            if not over:
+                kept.append((sequence, sequence.computed - accepted - 1, accepted + 1, at + accepted))
+            at += count
+        passed = time.perf_counter() - begin
+        self.drafts.make(hidden, kept, len(sequences))
+        asked = max(map(len, drafts))
+        seconds = time.perf_counter() - begin if asked else passed  # no drafts: what the module does is for a comparison
+        mean = sum(sequence.computed - start for sequence, start in zip(sequences, starts, strict=True)) / len(sequences)
+        self.drafts.speculation.record(len(sequences), asked, seconds, mean)
+        return ended
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def _emit(self, sequences: list[Sequence], output: tuple[torch.Tensor, torch.Tensor]) -> list[TokenEvent]:
-        events = []
-        ended = []
-        damaged = []
-        for sequence, token, logprob in zip(sequences, output[0].tolist(), output[1].tolist(), strict=True):
-            sequence.produced += 1
-            request = sequence.request
-            reason = error = None
-            if logprob != logprob:
-                reason, error = "error", "the model's logits are not finite; a weight is damaged"
-                token, logprob = None, 0.0
-                damaged.append(sequence.slot)
-            elif token == self.eos_id or token in request.params.stop_token_ids:
-                reason = "stop"
-            elif sequence.text is not None and sequence.text.feed(token):
-                reason = "stop"
-            elif sequence.produced >= sequence.limit:
-                reason = "length"
-            events.append(TokenEvent(request.request_id, token, logprob, reason, error))
-            if reason:
-                ended.append(sequence)
-        for slot in damaged:  # others read these cells past their own length, and 0 * NaN is NaN
-            self.cache.data[:, self._table[slot]] = 0
-        for sequence in ended:
+    def _emit(self, sequence: Sequence, token: int, logprob: float, logits_V: torch.Tensor, events: list[TokenEvent]) -> bool:
+        """Append a sampled token, or the one that is forced; whether it was the last."""
+        request, reason = sequence.request, None
+        if logprob != logprob:
+            error = "the model's logits are not finite; a weight is damaged"
+            events.append(TokenEvent(request.request_id, None, 0.0, "error", error, sequence.usage()))
+            sequence.keys, sequence.computed = [], 0  # nothing of it may be found again
+            return True
+        if sequence.forced:
+            token = sequence.forced.popleft()
+            heat = self.rows.temperature[sequence.row].item() or 1.0
+            logprob = (logits_V.float() / heat).log_softmax(-1)[token].item()
+        sequence.accept(token)
+        self._counts["generated_tokens"] += 1
+        if token == self.eos_id or token in request.params.stop_token_ids:
+            reason = "stop"
+        elif sequence.text is not None and sequence.text.feed(token):
+            reason = "stop"
+        elif sequence.loop or sequence.produced >= sequence.limit:
+            reason = "length"
+        events.append(TokenEvent(request.request_id, token, logprob, reason, None, sequence.usage() if reason else None))
+        return reason is not None
+
+    def _end(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._register(sequence)
             self._remove(sequence)
-        return events
 
     def _remove(self, sequence: Sequence) -> None:
+        if self.drafts:
+            self.drafts.pop(sequence, None)
         move = self.scheduler.remove(sequence)
-        if move is None:
-            return
-        source, slot = move
-        pages = -(-int(self._length[source]) // PAGE)
-        self.cache.data[:, self._table[slot, :pages]] = self.cache.data[:, self._table[source, :pages]]
-        for row in (self._length, self._last, self._temperature, self._top_p, self._seed):
-            row[slot] = row[source]
+        if move is not None:
+            self.rows.move(*move)
+
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    def _register(self, sequence: Sequence) -> None:
+        for key, page in self.scheduler.register_pages(sequence):
+            if self.disk is not None and key not in self.disk:
+                self.disk.put(key, b"".join(cache.page_bytes(page) for cache in self._caches))
+
+    def _restore(self, key: bytes, page: int) -> bool:
+        """Fill a page from the disk; False where it is not there or of another size."""
+        data, sizes = self.disk.get(key), [cache.data[:, page].nbytes for cache in self._caches]
+        if data is None or len(data) != sum(sizes):
+            return False
+        for cache, size in zip(self._caches, sizes, strict=True):
+            cache.fill_page(page, data[:size])
+            data = data[size:]
+        return True

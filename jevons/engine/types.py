@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -64,8 +64,7 @@ class Usage:
     loop: bool = False  # the loop guard ended the answer
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One new token of one request, or its end. The last event of a request has `finish_reason` set.
 
     `token_id` is None on an end without a token (cancelled, error). `logprob` is that of the distribution sampled
@@ -86,3 +85,4 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)  # the eos, where the model produced it, included
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    usage: Usage | None = None

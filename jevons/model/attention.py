@@ -14,10 +14,12 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import dense
+from jevons.numerics import PackedWeight, dense, paged
+from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
 SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
+MOST_SCORES = 2**24  # what `attend_gathered` holds at a time (64 MiB in float32)
 Segments = list[tuple[int, int]]  # (rows, length): flat tokens are rows_0 * length_0 tokens, then rows_1 * length_1, ...
 
 
@@ -68,21 +70,37 @@ def attend_segments(q_NHd, k_NHd, v_NHv, segments: Segments, scale: float) -> to
 
 
 def pad_queries(x_NHW: torch.Tensor, meta: BatchMeta) -> torch.Tensor:
-    """Flat [N, H, W] -> [S, H * max_query, W], heads folded into the query dimension (one matmul for all heads)."""
-    n, heads, width = x_NHW.shape
+    """Flat [N, H, W] -> [S, H, max_query, W]."""
     if meta.max_query == 1:
-        return x_NHW
-    out = x_NHW.new_zeros(meta.sequences, meta.max_query, heads, width)
+        return x_NHW[:, :, None]
+    out = x_NHW.new_zeros(meta.sequences, meta.max_query, *x_NHW.shape[1:])
     out[meta.sequence_N, meta.query_N] = x_NHW
-    return out.transpose(1, 2).reshape(meta.sequences, heads * meta.max_query, width)
+    return out.transpose(1, 2)
 
 
-def unpad_queries(x_SQW: torch.Tensor, heads: int, meta: BatchMeta) -> torch.Tensor:
-    """The reverse: [S, H * max_query, W] -> [N, H, W]."""
-    if meta.max_query == 1:
-        return x_SQW
-    x = x_SQW.view(meta.sequences, heads, meta.max_query, -1)
-    return x[meta.sequence_N, :, meta.query_N]
+def unpad_queries(x_SHQW: torch.Tensor, meta: BatchMeta) -> torch.Tensor:
+    """The reverse: [S, H, max_query, W] -> [N, H, W]."""
+    return x_SHQW[:, :, 0] if meta.max_query == 1 else x_SHQW[meta.sequence_N, :, meta.query_N]
+
+
+def attend_gathered(heads: Heads, q_NHW: torch.Tensor, cache: KVCache, layer: int, meta: BatchMeta) -> torch.Tensor:
+    """What `paged.attend` computes, by gathering every sequence's cells: any device, any type; q is rotated already.
+
+    Heads that share a key are folded into the query dimension (one matmul for all of them)."""
+    groups, width, value = heads.groups, heads.plain + heads.rotary, heads.value
+    scores = meta.sequences * heads.heads * meta.max_query * meta.max_context
+    if scores > MOST_SCORES and (meta.sequences > 1 or meta.max_query > 1):
+        parts = meta.halves()
+        sizes = [len(part.positions_N) for part in parts]
+        return torch.cat([attend_gathered(heads, q, cache, layer, m) for q, m in zip(q_NHW.split(sizes), parts, strict=True)])
+    kept = cache.read(layer, meta).to(q_NHW.dtype)
+    k_SGLW, v_SGLV = (kept[..., at : at + groups * w].unflatten(-1, (groups, w)).transpose(1, 2)
+                      for at, w in ((heads.key_at, width), (heads.value_at, value)))
+    q = pad_queries(q_NHW * heads.scale, meta).reshape(meta.sequences, groups, -1, width)
+    scores = (q @ k_SGLW.transpose(-1, -2)).view(meta.sequences, heads.heads, meta.max_query, -1)
+    probs = (scores.float() + meta.mask_SQL[:, None]).softmax(dim=-1).to(q.dtype)
+    out = probs.view(meta.sequences, groups, -1, meta.max_context) @ v_SGLV
+    return unpad_queries(out.view(meta.sequences, heads.heads, meta.max_query, value), meta)
 
 
 class MLA(nn.Module):
@@ -103,13 +121,30 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, INNER_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
+        self.paged = paged.latent_heads(self.heads, c.kv_lora_rank, self.rope, self.scale, INNER_EPS)
+        self._kept: tuple[PackedWeight, torch.Tensor] | None = None  # kv_b_proj's packed weight, and a dense copy of it
 
-    def _queries_and_latent(self, x_ND, rope_NR):
+    def _project(self, x_ND):
+        """Queries' two parts [N, H, nope] and [N, H, R], latent and shared key, as the projections give them."""
         q, latent_NC, k_rope_NR = self.qkv_a_proj(x_ND).split(self.split, dim=-1)
         if self.config.q_lora_rank:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q_nope, q_rope = q.view(-1, self.heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
+        return q_nope, q_rope, latent_NC, k_rope_NR
+
+    def _queries_and_latent(self, x_ND, rope_NR):
+        q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
         return q_nope, rotate_interleaved(q_rope, rope_NR), self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
+
+    def _absorbed(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_k [H, nope, C] and W_v [H, v, C]. A dense parameter is only viewed, for training moves it; a packed weight never
+        changes, so its dense copy is made once and kept."""
+        weight = self.kv_b_proj.weight
+        if not isinstance(weight, torch.Tensor):
+            if self._kept is None or self._kept[0] is not weight or self._kept[1].dtype != dtype:
+                self._kept = weight, dense(weight, dtype)
+            weight = self._kept[1]
+        return weight.to(dtype).view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], dim=1)
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
@@ -121,18 +156,20 @@ class MLA(nn.Module):
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R."""
-        q_nope, q_rope, latent_NC, k_rope_NR = self._queries_and_latent(x_ND, rope_NR)
-        cache.write(layer, meta.cells_N, torch.cat([latent_NC, k_rope_NR], dim=-1))
-        w_kv = dense(self.kv_b_proj.weight, x_ND.dtype).view(self.heads, self.nope + self.v, -1)
-        w_k, w_v = w_kv.split([self.nope, self.v], dim=1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)  # [N, H, C]
-        q = pad_queries(torch.cat([q_latent, q_rope], dim=-1) * self.scale, meta)
-        kept_SLW = cache.read(layer, meta).to(q.dtype)
-        scores = torch.bmm(q, kept_SLW.transpose(1, 2)).view(meta.sequences, self.heads, meta.max_query, -1)
-        probs = (scores.float() + meta.mask[:, None]).softmax(dim=-1).to(q.dtype).flatten(1, 2)
-        out = torch.bmm(probs, kept_SLW[..., : self.config.kv_lora_rank])
-        out_NHC = unpad_queries(out, self.heads, meta)
-        return self.o_proj(torch.bmm(out_NHC.transpose(0, 1), w_v.transpose(1, 2)).transpose(0, 1).flatten(1))
+        q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
+        w_k, w_v = self._absorbed(q_nope.dtype)
+        q_latent_HNC = torch.bmm(q_nope.transpose(0, 1), w_k)
+        if paged.available(q_nope, cache.data):
+            data, out_HNC = cache.layers[layer], torch.empty_like(q_latent_HNC)
+            norm = self.kv_a_layernorm.weight.to(latent_NC.dtype)
+            paged.store(self.paged, meta.batch, latent_NC, k_rope_NR[:, None], rope_NR, data, norm)
+            paged.attend(self.paged, meta.batch, q_latent_HNC.transpose(0, 1), q_rope, rope_NR, data, out_HNC.transpose(0, 1))
+        else:
+            key_NR = rotate_interleaved(k_rope_NR, rope_NR)
+            cache.write(layer, meta.cells_N, torch.cat([self.kv_a_layernorm(latent_NC), key_NR], dim=-1))
+            q = torch.cat([q_latent_HNC.transpose(0, 1), rotate_interleaved(q_rope, rope_NR)], dim=-1)
+            out_HNC = attend_gathered(self.paged, q, cache, layer, meta).transpose(0, 1)
+        return self.o_proj(torch.bmm(out_HNC, w_v.transpose(1, 2)).transpose(0, 1).flatten(1))
 
 
 class GQA(nn.Module):
@@ -145,27 +182,24 @@ class GQA(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, sum(self.split), bias=config.attention_bias,
                                parts=dict(zip(("q_proj", "k_proj", "v_proj"), self.split, strict=True)))
         self.o_proj = Linear(self.heads * self.dim, config.hidden_size)
+        self.paged = paged.grouped_heads(self.heads, self.kv_heads, self.dim, self.dim**-0.5)
 
-    def _qkv(self, x_ND, rope_NR):
-        q, k, v = self.qkv_proj(x_ND).split(self.split, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.dim)) for t in (q, k, v))
-        return rotate_half(q, rope_NR), rotate_half(k, rope_NR), v
+    def _project(self, x_ND):
+        return (t.unflatten(-1, (-1, self.dim)) for t in self.qkv_proj(x_ND).split(self.split, dim=-1))
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
-        q, k, v = self._qkv(x_ND, rope_NR)
+        q, k, v = self._project(x_ND)
+        q, k = rotate_half(q, rope_NR), rotate_half(k, rope_NR)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         return self.o_proj(attend_segments(q, k, v, segments, self.dim**-0.5))
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
-        q, k, v = self._qkv(x_ND, rope_NR)
-        cache.write(layer, meta.cells_N, torch.cat([k.flatten(1), v.flatten(1)], dim=-1))
-        kept = cache.read(layer, meta).to(q.dtype).unflatten(-1, (2, self.kv_heads, self.dim))
-        k_SGLd, v_SGLd = kept[:, :, 0].transpose(1, 2), kept[:, :, 1].transpose(1, 2)
-        group = self.heads // self.kv_heads
-        q = pad_queries(q, meta).view(meta.sequences, self.kv_heads, group * meta.max_query, self.dim)
-        scores = (q * self.dim**-0.5) @ k_SGLd.transpose(-1, -2)
-        scores = scores.view(meta.sequences, self.heads, meta.max_query, -1)
-        probs = (scores.float() + meta.mask[:, None]).softmax(dim=-1).to(q.dtype)
-        out = probs.view(meta.sequences, self.kv_heads, group * meta.max_query, -1) @ v_SGLd
-        out = out.reshape(meta.sequences, self.heads * meta.max_query, self.dim)
-        return self.o_proj(unpad_queries(out, self.heads, meta).flatten(1))
+        q, k, v = self._project(x_ND)
+        if paged.available(q, cache.data):
+            data, out = cache.layers[layer], torch.empty(q.shape, dtype=q.dtype)
+            paged.store(self.paged, meta.batch, v.flatten(1), k, rope_NR, data)
+            paged.attend(self.paged, meta.batch, q[..., :0], q, rope_NR, data, out)
+        else:
+            cache.write(layer, meta.cells_N, torch.cat([rotate_half(k, rope_NR).flatten(1), v.flatten(1)], dim=-1))
+            out = attend_gathered(self.paged, rotate_half(q, rope_NR), cache, layer, meta)
+        return self.o_proj(out.flatten(1))

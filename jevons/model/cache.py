@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from jevons.config import ModelConfig
+from jevons.numerics import paged
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -29,64 +32,134 @@ class KVCache:
         layers = config.num_hidden_layers if layers is None else layers
         self.page_size = page_size
         self.data = torch.zeros(layers, pages, page_size, cache_width(config), dtype=dtype, device=device)
+        self.layers = [self.data[layer] for layer in range(layers)]
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    def copy_page(self, source: int, page: int) -> None:
+        self.data[:, page] = self.data[:, source]
+
+    def page_bytes(self, page: int) -> bytes:
+        """A page of all layers, for `fill_page`."""
+        return self.data[:, page].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+    def fill_page(self, page: int, data: bytes) -> None:
+        cells = self.data[:, page]
+        self.data[:, page] = torch.frombuffer(bytearray(data), dtype=cells.dtype).view(cells.shape).to(cells.device)
+
     def write(self, layer: int, cells_N: torch.Tensor, values_NW: torch.Tensor) -> None:
-        self.data[layer].view(-1, self.data.shape[-1]).index_copy_(0, cells_N, values_NW.to(self.data.dtype))
+        self.layers[layer].view(-1, self.data.shape[-1]).index_copy_(0, cells_N, values_NW.to(self.data.dtype))
 
     def read(self, layer: int, meta: BatchMeta) -> torch.Tensor:
-        """What sequences keep, [S, L, W] with L = meta.max_context; cells past a sequence's own length are garbage."""
-        data = self.data[layer]
-        if meta.first_page is not None:  # pages of all sequences lie in order: a view, no copy
+        """What sequences keep, [S, L, W] with L = meta.max_context: a copy, zero past a sequence's own length (what lies
+        there may be NaN, and 0 * NaN is NaN)."""
+        data = self.layers[layer]
+        if meta.first_page is not None:  # pages of all sequences lie in order
             per_seq = meta.page_table_SP.shape[1]
             pages = data[meta.first_page : meta.first_page + per_seq * meta.sequences]
-            return pages.view(meta.sequences, per_seq * self.page_size, -1)[:, : meta.max_context]
-        pages_needed = -(-meta.max_context // self.page_size)
-        picked = data[meta.page_table_SP[:, :pages_needed]]
-        return picked.flatten(1, 2)[:, : meta.max_context]
+            kept = pages.view(meta.sequences, per_seq * self.page_size, -1)
+        else:
+            kept = data[meta.used_SP].flatten(1, 2)
+        return kept[:, : meta.max_context].masked_fill(meta.past_SL[..., None], 0.0)
 
 
 @dataclass
 class BatchMeta:
-    """Where the flat tokens of one call belong. Sequence s owns tokens starts[s] : starts[s] + query_lens[s]."""
+    """Where the flat tokens of one call belong. Sequence s owns tokens starts[s] : starts[s + 1], at positions from
+    contexts[s] on. What only the gathering path needs is made when it is asked for."""
 
     page_table_SP: torch.Tensor  # page ids of each sequence, int64; columns past its pages are ignored
-    cells_N: torch.Tensor  # cache cell (page * page_size + offset) each new token is written to
+    contexts_S: torch.Tensor  # int64, on the CPU: tokens in the cache before this call
+    starts: torch.Tensor  # [S + 1] int64, on the CPU
     positions_N: torch.Tensor
-    sequence_N: torch.Tensor  # the sequence each token belongs to
-    query_N: torch.Tensor  # its index among its sequence's new tokens
-    sequences: int
+    page_size: int
     max_query: int  # longest query; 1 in plain decode
-    max_context: int  # longest context after this call
-    mask: torch.Tensor  # additive [S, max_query, max_context], 0 or -inf: what a query may see (causal, own length)
     first_page: int | None = None  # set where the table is first_page, first_page + 1, ... row by row
+
+    @property
+    def sequences(self) -> int:
+        return len(self.contexts_S)
+
+    @cached_property
+    def batch(self) -> paged.Batch:
+        """The same for the native kernels."""
+        return paged.Batch(self.page_table_SP, self.starts, self.contexts_S, self.page_size)
+
+    @cached_property
+    def lengths_S(self) -> torch.Tensor:
+        """Tokens in the cache after this call, on the table's device."""
+        return (self.contexts_S + self.starts.diff()).to(self.page_table_SP.device)
+
+    @cached_property
+    def max_context(self) -> int:
+        return int(self.lengths_S.max())
+
+    @cached_property
+    def sequence_N(self) -> torch.Tensor:
+        """The sequence each token belongs to."""
+        return torch.repeat_interleave(torch.arange(self.sequences), self.starts.diff()).to(self.positions_N.device)
+
+    @cached_property
+    def query_N(self) -> torch.Tensor:
+        """A token's index among its sequence's new ones."""
+        return self.positions_N - self.contexts_S.to(self.positions_N.device)[self.sequence_N]
+
+    @cached_property
+    def cells_N(self) -> torch.Tensor:
+        """The cache cell (page * page_size + offset) that a token is written to."""
+        page = self.page_table_SP[self.sequence_N, self.positions_N // self.page_size]
+        return page * self.page_size + self.positions_N % self.page_size
+
+    @cached_property
+    def past_SL(self) -> torch.Tensor:
+        """Cells past a sequence's own length."""
+        return torch.arange(self.max_context, device=self.lengths_S.device) >= self.lengths_S[:, None]
+
+    @cached_property
+    def used_SP(self) -> torch.Tensor:
+        """The table as far as the longest context goes, 0 where it is to be ignored."""
+        pages = torch.arange(-(-self.max_context // self.page_size), device=self.lengths_S.device)
+        return self.page_table_SP[:, : len(pages)].masked_fill(pages * self.page_size >= self.lengths_S[:, None], 0)
+
+    @cached_property
+    def mask_SQL(self) -> torch.Tensor:
+        """Additive, 0 or -inf: what a query may see."""
+        device = self.page_table_SP.device
+        seen = self.contexts_S.to(device)[:, None] + torch.arange(self.max_query, device=device)
+        hidden = torch.arange(self.max_context, device=device) > seen[:, :, None]
+        return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+
+    def halves(self) -> tuple[BatchMeta, BatchMeta]:
+        """Two calls that do the work of this one, the first one's tokens first."""
+        lens = self.starts.diff()
+        if self.sequences == 1:
+            lens, table = torch.cat([lens // 2, lens - lens // 2]), self.page_table_SP.expand(2, -1)
+            contexts = self.contexts_S + torch.cat([lens.new_zeros(1), lens[:1]])
+        else:
+            contexts, table = self.contexts_S, self.page_table_SP
+        cut = len(lens) // 2
+        return tuple(build_meta(table[part], contexts[part], lens[part].tolist(), self.page_size)
+                     for part in (slice(cut), slice(cut, None)))
 
 
 def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int] | torch.Tensor, query_lens: Sequence[int] | None,
                page_size: int, first_page: int | None = None) -> BatchMeta:
     """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones (None: one each).
-    Raises ValueError where one brings none."""
-    if query_lens is not None and min(query_lens) < 1:
-        raise ValueError(f"query_lens {list(query_lens)}: every sequence of a call brings at least one token")
-    device = page_table_SP.device
-    ctx = torch.as_tensor(contexts, dtype=torch.long)
-    sequences = len(ctx)
-    if query_lens is None or max(query_lens) == 1:
-        max_query, sequence, query = 1, torch.arange(sequences), torch.zeros(sequences, dtype=torch.long)
-        positions, max_context = ctx.clone(), int(ctx.max()) + 1
+    Raises ValueError where one brings none, or the table is not int64."""
+    if page_table_SP.dtype != torch.long or page_table_SP.stride(-1) != 1:
+        raise ValueError(f"page_table {page_table_SP.dtype} with strides {page_table_SP.stride()}: int64 in dense rows would be "
+                         "right")
+    contexts_S = torch.tensor(contexts) if isinstance(contexts, list) else torch.as_tensor(contexts).long().clone()
+    sequences, longest = len(contexts_S), 1
+    if query_lens is None:
+        starts, positions = torch.arange(sequences + 1), contexts_S
     else:
-        lens = torch.tensor(query_lens, dtype=torch.long)
-        max_query, max_context = max(query_lens), int((ctx + lens).max())
-        sequence = torch.repeat_interleave(torch.arange(sequences), lens)
-        query = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[sequence]
-        positions = ctx[sequence] + query
-    seen = ctx[:, None] + torch.arange(max_query)  # [S, max_query]: last position a query may see
-    mask = torch.zeros(sequences, max_query, max_context)
-    mask.masked_fill_(torch.arange(max_context) > seen[:, :, None], float("-inf"))
-    sequence, positions = sequence.to(device), positions.to(device)
-    cells = page_table_SP[sequence, positions // page_size] * page_size + positions % page_size
-    return BatchMeta(page_table_SP, cells, positions, sequence, query.to(device), sequences, max_query, max_context,
-                     mask.to(device), first_page)
+        lens, longest = np.array(query_lens), max(query_lens)
+        if lens.min() < 1:
+            raise ValueError(f"query_lens {list(query_lens)}: every sequence of a call brings at least one token")
+        ends = lens.cumsum()
+        starts = torch.from_numpy(np.concatenate([[0], ends]))
+        positions = torch.from_numpy(np.repeat(contexts_S.numpy() - ends + lens, lens) + np.arange(ends[-1]))
+    return BatchMeta(page_table_SP, contexts_S, starts, positions.to(page_table_SP.device), page_size, longest, first_page)

@@ -1,4 +1,4 @@
-"""Evaluation on held-out problems: pass@1, pass@k, thinking length, MTP acceptance, with 95 % intervals."""
+"""Evaluation on held-out problems: pass@1, pass@k, cons@k, thinking length, MTP acceptance, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jevons.chat import END_THINK
+from jevons.chat import END_THINK, ReasoningParser, count_votes
 from jevons.data.packing import pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
@@ -34,6 +34,11 @@ class EvalResult:
     truncated: float
     samples: int = 1
     pass_at_k: float | None = None  # share of problems with at least one right sample
+    pass_low: float | None = None
+    pass_high: float | None = None
+    cons_at_k: float | None = None  # share of problems where the answer that most samples give is right
+    cons_low: float | None = None
+    cons_high: float | None = None
     mtp_acceptance: float | None = None
 
     def record(self) -> dict[str, Any]:
@@ -88,10 +93,14 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, n: int = 1000, s
     if any(c.finish_reason == "error" for c in completions):
         raise ValueError("the model's logits are not finite; a weight is damaged")
     end = tokenizer.special[END_THINK]
-    lines, scores, lengths, thinking = [], [], [], []
+    opened = ReasoningParser.after(prompts[0], tokenizer).in_reasoning
+    lines, scores, lengths, thinking, answers = [], [], [], [], []
     for index, completion in enumerate(completions):
         problem, text = problems[index // samples], completion_text(completion, tokenizer)
         scores.append(float(task.score(problem, text).correct == 1.0))
+        before, tag, after = text.partition(END_THINK)
+        answer = after if tag else "" if opened else before
+        answers.append(answer if completion.finish_reason == "stop" else None)
         ids = completion.token_ids
         lengths.append(len(ids))
         thinking.append(ids.index(end) if end in ids else len(ids))
@@ -104,10 +113,20 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, n: int = 1000, s
     result = EvalResult(n, sum(shares) / n, low, high, sum(thinking) / len(thinking), sum(lengths) / len(lengths),
                         sum(c.finish_reason == "length" for c in completions) / len(completions), samples)
     if samples > 1:
-        result.pass_at_k = sum(s > 0 for s in shares) / n
+        some = sum(share > 0 for share in shares)
+        voted = sum(scores[i + _winner(answers[i : i + samples])] for i in range(0, len(scores), samples))
+        result.pass_at_k, result.cons_at_k = some / n, voted / n
+        result.pass_low, result.pass_high = wilson(some, n)
+        result.cons_low, result.cons_high = wilson(voted, n)
     if model.mtp and temperature == 0:
         result.mtp_acceptance = mtp_acceptance(model, completions[:256], tokenizer.pad_id)
     return result, shares
+
+
+def _winner(answers: list[str | None]) -> int:
+    """The sample that a majority vote chooses: the first of those with the commonest answer; 0 where none has an answer."""
+    tally = count_votes(answers)
+    return tally[0][1][0] if tally else 0
 
 
 @torch.no_grad()

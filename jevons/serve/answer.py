@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jevons.chat import EOS, ReasoningParser
-from jevons.engine.types import TokenEvent
+from jevons.chat import END_THINK, EOS, ReasoningParser
+from jevons.engine.types import Thinking, TokenEvent, Usage
 from jevons.serve.host import Unavailable
 
 
 class EngineFailed(RuntimeError):
     """The engine could not go on with a request."""
+
+
+def thinking_after(prompt_ids: Sequence[int], tokenizer: Any, max_tokens: int | None = None, words: str = "",
+                   ) -> Thinking | None:
+    """How the thought that a prompt opens may be closed, with which words; None where it opens none, or none that a token
+    could close."""
+    end_id = tokenizer.special[END_THINK]
+    if end_id < 0 or not ReasoningParser.after(prompt_ids, tokenizer).in_reasoning:
+        return None
+    return Thinking(end_id, tuple(tokenizer.renderer().close_thought(words)), max_tokens)
 
 
 class StopFilter:
@@ -32,7 +42,8 @@ class StopFilter:
 
 
 class Answer:
-    """Token events of one request to thought and answer, with their counts. `finish` is set at the end.
+    """Token events of one request to `thought` and `content`, with their counts. `finish` is set at the end; at "error",
+    `error` says why.
 
     `prompt_ids` tell whether the thought is open already; without them it is."""
 
@@ -41,16 +52,27 @@ class Answer:
         self._stop, self._parser = StopFilter(stops), (
             ReasoningParser() if prompt_ids is None else ReasoningParser.after(prompt_ids, tokenizer))
         self.tokens = self.reasoning_tokens = 0
+        self.thought = self.content = ""
+        self.usage = Usage()
         self.finish: str | None = None
+        self.error: str | None = None
+
+    @property
+    def thinking(self) -> bool:
+        return self._parser.in_reasoning and not self.finish
 
     def feed(self, events: Sequence[TokenEvent]) -> tuple[str, str]:
-        """New (reasoning, content) text. Raises what an error event says; events after the end are not read."""
+        """New (reasoning, content) text. Events after the end are not read. Raises Unavailable when it was cancelled."""
         thought = content = ""
         for event in events:
-            if event.finish_reason == "error":
-                raise EngineFailed(event.error or "the engine failed")
+            if self.finish:
+                break
             if event.finish_reason == "cancelled":
                 raise Unavailable("the request was cancelled by the server; ask again")
+            self.usage = event.usage or self.usage
+            if event.finish_reason == "error":
+                self.finish, self.error = "error", event.error or "the engine failed"
+                break
             text = ""
             if event.token_id is not None:
                 self.tokens += 1
@@ -63,6 +85,5 @@ class Answer:
                 text += self._stop.held
             for part in [self._parser.feed(text)] + ([self._parser.finish()] if self.finish else []):
                 thought, content = thought + part[0], content + part[1]
-            if self.finish:
-                break
+        self.thought, self.content = self.thought + thought, self.content + content
         return thought, content

@@ -21,7 +21,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from jevons.serve.api import ApiError, ChatApi, add_routes
+from jevons.serve.api import ChatApi, add_routes
+from jevons.serve.errors import ApiError
 from jevons.serve.host import EngineHost
 from jevons.serve.ledger import Ledger
 from jevons.serve.pages import PageInfo, add_pages
@@ -42,6 +43,8 @@ class ServeSettings:
     allow_hosts: Sequence[str] = ()
     dollars_per_hour: float = 0.0
     model_name: str | None = None
+    max_thinking_tokens: int | None = None  # for requests that do not say
+    closing_words: str = ""  # what a thought that is closed early ends with
     max_body: int = 8 * 2**20
     keep_alive: float = 2.0  # between signs of life while there is nothing to send
     grace: float = 1.0  # a stream's status is open this long; later errors come as events
@@ -131,7 +134,7 @@ def create_app(host: EngineHost, tokenizer_getter: Callable[[], Any], settings: 
     """`tokenizer_getter` gives the current model's tokenizer, None while there is none: it may change whenever the host's
     engine does, and must be changed before it. Without `page_info` there are no pages."""
     ledger = Ledger(settings.dollars_per_hour, settings.ledger_path)
-    ledger.watch(host.counts)
+    ledger.watch(host.counts, lambda: host.stats)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):

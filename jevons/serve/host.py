@@ -30,23 +30,30 @@ class ModelChanged(Unavailable):
 
 
 class TokenStream:
-    """The events of one request, read from one event loop and written by the owner's thread.
+    """The events of one request, or of several that were submitted together, read from one event loop and written by the
+    owner's thread.
 
-    `seconds`: engine seconds this request has been charged with so far (see `ledger`).
+    `seconds`: engine seconds these requests have been charged with so far (see `ledger`).
     """
 
-    def __init__(self, request: Request):
-        self.request = request
+    def __init__(self, *requests: Request):
+        self.requests = {request.request_id: request for request in requests}
         self.seconds = 0.0
-        self.started = False  # a first event has come
+        self.started: set[str] = set()  # ids of which a first event has come
+        self._open = set(self.requests)
         self._lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
         self._error: Exception | None = None
         self._ended = False
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future] | None = None
 
+    @property
+    def request(self) -> Request:
+        """The first, or only, request."""
+        return next(iter(self.requests.values()))
+
     async def get(self, timeout: float | None = None) -> list[TokenEvent]:
-        """All events that wait, at least one; [] after the last. Raises TimeoutError, or what ended the request."""
+        """All events that wait, at least one; [] after the last. Raises TimeoutError, or what ended the requests."""
         with self._lock:
             if not self._events and not self._ended:
                 loop = asyncio.get_running_loop()
@@ -70,14 +77,18 @@ class TokenStream:
                 yield event
 
     def put(self, events: Sequence[TokenEvent], error: Exception | None = None) -> None:
-        """Owner's side: append events; an event with a finish reason, or an error, is the end."""
+        """Owner's side: append events. A finish reason is the end of one request, an error that of all."""
         with self._lock:
             if self._ended:
                 return
-            self._events.extend(events)
+            for event in events:
+                if event.request_id in self._open:
+                    self._events.append(event)
+                    self.started.add(event.request_id)
+                    if event.finish_reason:
+                        self._open.discard(event.request_id)
             self._error = error
-            self._ended = error is not None or any(event.finish_reason for event in events)
-            self.started = self.started or bool(events)
+            self._ended = error is not None or not self._open
             if self._waiter is None:
                 return
             loop, future = self._waiter
@@ -88,7 +99,8 @@ class TokenStream:
 
 
 class EngineHost:
-    """Requests wait in a bounded inbox until the owner pumps. `engine` has `submit`, `step`, `cancel`, `has_work`, `max_len`.
+    """Requests wait in a bounded inbox until the owner pumps. `engine` has `submit`, `step`, `cancel`, `end_thought`, `stats`,
+    `has_work`, `max_len`.
 
     `max_waiting` bounds the requests without a first token; `max_wait` is the time in seconds that the API lets a
     request wait for its next token before it answers 503. `epoch` counts the models (`set_engine`).
@@ -105,7 +117,10 @@ class EngineHost:
         self._inbox: deque[str] = deque()  # of these, the ones the engine has not seen
         self._submitted: set[str] = set()  # and the ones it has
         self._cancels: set[str] = set()
+        self._end_thoughts: set[str] = set()
         self._stopped = False
+        self.stats: dict[str, float] = {}  # the engine's own, as the owner's thread last read them
+        self._stats_at = 0.0
 
     # HTTP's side: any thread.
 
@@ -121,34 +136,45 @@ class EngineHost:
     def counts(self) -> tuple[int, int]:
         """(running, waiting): open requests with and without a first token."""
         with self._wake:
-            running = sum(stream.started for stream in self._streams.values())
+            running = sum(request_id in stream.started for request_id, stream in self._streams.items())
             return running, len(self._streams) - running
 
-    def check_room(self, ahead: int = 0) -> None:
-        """Raises QueueFull when no further request may wait, with `ahead` others waiting outside; Unavailable at the end."""
+    def check_room(self, count: int = 1, ahead: int = 0) -> None:
+        """Raises QueueFull when `count` further requests may not wait, with `ahead` others waiting outside; Unavailable at
+        the end."""
         if self._stopped:
             raise Unavailable("the server is shutting down")
-        if (waiting := self.counts()[1] + ahead) >= self.max_waiting:
-            raise QueueFull(f"{waiting} requests are waiting and the queue holds {self.max_waiting}; try again shortly")
+        if (waiting := self.counts()[1] + ahead) + count > self.max_waiting:
+            more = f", too few for {count} more" if count > 1 else ""
+            raise QueueFull(f"{waiting} requests are waiting and the queue holds {self.max_waiting}{more}; try again shortly")
 
-    def submit(self, request: Request, epoch: int | None = None) -> TokenStream:
-        """Raises PromptTooLong, QueueFull, Unavailable, and ModelChanged if `epoch` is given and no longer the current one.
+    def submit(self, *requests: Request, epoch: int | None = None) -> TokenStream:
+        """All of the requests or none. Raises PromptTooLong, QueueFull, Unavailable, and ModelChanged if `epoch` is given
+        and no longer the current one.
 
-        Without a model the request waits for one."""
+        Without a model the requests wait for one."""
         with self._wake:
             if epoch is not None and epoch != self.epoch:
                 raise ModelChanged("the model was replaced")
-            self.check_room()
-            if request.request_id in self._streams:
-                raise ValueError(f"request id {request.request_id!r} is in use")
-            room, length = self.max_len, len(request.prompt_ids)
+            self.check_room(len(requests))
+            stream = TokenStream(*requests)
+            if len(stream.requests) < len(requests) or not self._streams.keys().isdisjoint(stream.requests):
+                raise ValueError(f"one of the request ids {[request.request_id for request in requests]} is in use")
+            room, length = self.max_len, max(len(request.prompt_ids) for request in requests)
             if room is not None and length >= room:
                 raise PromptTooLong(f"the prompt has {length} tokens and the context holds {room}, at least one of "
                                     "them for the answer; shorten the prompt, it is never truncated")
-            stream = self._streams[request.request_id] = TokenStream(request)
-            self._inbox.append(request.request_id)
+            self._streams |= dict.fromkeys(stream.requests, stream)
+            self._inbox.extend(stream.requests)
             self._wake.notify_all()
         return stream
+
+    def end_thought(self, request_id: str) -> None:
+        """The request's thought is closed before the engine's next step; that of one which waits, once the engine has it.
+        Unknown ids are fine."""
+        with self._wake:
+            if request_id in self._streams:
+                self._end_thoughts.add(request_id)
 
     def cancel(self, request_id: str) -> None:
         """Ends the request; the engine is told before its next step. Unknown ids, finished ones too, are fine."""
@@ -168,9 +194,10 @@ class EngineHost:
             old, gone, submitted = self._engine, [], set()
             self._engine, self.model_name = engine, model_name
             self.epoch += 1
+            self.stats = {}
             if old is not None:
                 gone, submitted = list(self._streams.values()), self._submitted | self._cancels
-                self._streams, self._submitted, self._cancels = {}, set(), set()
+                self._streams, self._submitted, self._cancels, self._end_thoughts = {}, set(), set(), set()
                 self._inbox.clear()
             self._wake.notify_all()
         for stream in gone:
@@ -186,6 +213,7 @@ class EngineHost:
             if engine is None or not engine.has_work or steps == max_steps or not self._step(engine):
                 break
             steps += 1
+        self._read_stats(now=steps > 0)
         return steps
 
     def run_forever(self) -> None:
@@ -223,18 +251,23 @@ class EngineHost:
                 return None
             inbox, self._inbox = self._inbox, deque()
             cancels, self._cancels = self._cancels, set()
+            self._end_thoughts &= self._streams.keys()
         while inbox:
-            if (stream := self._streams.get(inbox[0])) is not None:
+            request_id = inbox[0]
+            if (stream := self._streams.get(request_id)) is not None:
                 try:
-                    engine.submit(stream.request)
-                    self._submitted.add(stream.request.request_id)
+                    engine.submit(stream.requests[request_id])
+                    self._submitted.add(request_id)
                 except QueueFull as error:
                     if engine.has_work:
                         break  # the rest waits here until the engine has room
-                    self._end(stream, error=error)
+                    self._end(request_id, stream, error=error)
                 except Exception as error:
-                    self._end(stream, error=error)
+                    self._end(request_id, stream, error=error)
             inbox.popleft()
+        for request_id in self._end_thoughts & self._submitted:
+            self._end_thoughts.discard(request_id)
+            _quietly(engine.end_thought, request_id)
         for request_id in cancels & self._submitted:
             self._submitted.discard(request_id)
             _quietly(engine.cancel, request_id)
@@ -255,7 +288,7 @@ class EngineHost:
                 _quietly(engine.cancel, request_id)
                 if stream := self._streams.get(request_id):
                     message = f"the engine failed: {type(error).__name__}: {error}"
-                    self._end(stream, [TokenEvent(request_id, None, finish_reason="error", error=message)])
+                    self._end(request_id, stream, [TokenEvent(request_id, None, finish_reason="error", error=message)])
             self._submitted.clear()
             return False
         self._charge(time.perf_counter() - begin, events)
@@ -267,8 +300,14 @@ class EngineHost:
             if ended:
                 self._submitted.discard(request_id)
             if stream := self._streams.get(request_id):
-                self._end(stream, own) if ended else stream.put(own)
+                self._end(request_id, stream, own) if ended else stream.put(own)
+        self._read_stats()
         return True
+
+    def _read_stats(self, now: bool = False) -> None:
+        """The engine's numbers for /metrics, once a second and when it comes to rest."""
+        if (now or time.monotonic() > self._stats_at + 1) and (engine := self._engine) is not None:
+            self.stats, self._stats_at = engine.stats(), time.monotonic()
 
     def _charge(self, seconds: float, events: Sequence[TokenEvent]) -> None:
         shares = Counter(e.request_id for e in events if e.token_id is not None) or Counter(self._submitted)
@@ -277,15 +316,16 @@ class EngineHost:
             if stream := self._streams.get(request_id):
                 stream.seconds += seconds * share / total
 
-    def _end(self, stream: TokenStream, events: Sequence[TokenEvent] = (), error: Exception | None = None) -> None:
+    def _end(self, request_id: str, stream: TokenStream, events: Sequence[TokenEvent] = (),
+             error: Exception | None = None) -> None:
         with self._wake:
-            self._streams.pop(stream.request.request_id, None)
+            self._streams.pop(request_id, None)
         stream.put(events, error)
 
 
 def _quietly(call: Any, request_id: str) -> None:
-    """Cancel in an engine that may have failed or be going: what it raises then is only logged."""
+    """Tell an engine that may have failed or be going: what it raises then is only logged."""
     try:
         call(request_id)
     except Exception:
-        log.exception("cancelling request %s failed", request_id)
+        log.exception("%s of request %s failed", call.__name__, request_id)

@@ -12,12 +12,13 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 log = logging.getLogger(__name__)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -39,6 +40,32 @@ class Entry:
 
 
 _SUMMED = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "seconds", "dollars")
+
+
+# `Engine.stats`: the first are counters, which begin anew with another model; any other number is a gauge.
+_ENGINE = {
+    "prompt_tokens": "Prompt tokens of admitted requests", "cached_tokens": "Prompt tokens read from the prefix cache",
+    "generated_tokens": "Tokens generated", "drafted_tokens": "Tokens drafted by the MTP module",
+    "accepted_tokens": "Drafted tokens that were accepted", "preemptions": "Requests put back for want of pages",
+    "pages_free": "Cache pages without content", "pages_cached": "Cache pages of known prefixes that nobody uses now",
+    "pages_used": "Cache pages in use", "speculating": "1 while tokens are drafted",
+}
+_COUNTED = list(_ENGINE)[:6]
+
+
+class EngineStats:
+    """A Prometheus collector of the engine's own numbers."""
+
+    def __init__(self, stats: Callable[[], dict[str, float]]):
+        self.stats = stats
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        for name, value in self.stats().items():
+            family = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+            yield family(f"jevons_engine_{name}", _ENGINE.get(name, "A number of the engine"), value=value)
 
 
 class Ledger:
@@ -83,8 +110,9 @@ class Ledger:
         """Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def watch(self, counts: Callable[[], tuple[int, int]]) -> None:
-        """Gauges for requests (running, waiting)."""
+    def watch(self, counts: Callable[[], tuple[int, int]], stats: Callable[[], dict[str, float]]) -> None:
+        """Gauges for requests (running, waiting), and what the engine counts."""
+        self._registry.register(EngineStats(stats))
         for index, name in enumerate(("running", "waiting")):
             gauge = Gauge(f"jevons_requests_{name}", f"Requests {name} now", registry=self._registry)
             gauge.set_function(lambda index=index: counts()[index])

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jevons.engine.types import SamplingParams
 
 _MAX_STOPS = 16
+MAX_CHOICES, MAX_VOTES = 16, 64
 # Fields whose effect the engine does not have, with the values that ask for nothing. Any other value is an error.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none",),
+    "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none",),
     "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": ({},),
-    "web_search_options": (), "reasoning_effort": (), "thinking": ({"type": "enabled"},),
+    "web_search_options": (), "reasoning_effort": (),
 }
 
 
@@ -58,8 +59,23 @@ class StreamOptions(_Model):
     include_usage: bool | None = None
 
 
+class ThinkingSwitch(_Model):
+    """DeepSeek's and Anthropic's way to say it: "disabled" closes the thought at once, a budget is `max_thinking_tokens`."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ThinkingSwitch:
+        if self.type == "disabled" and self.budget_tokens:
+            raise ValueError(f"budget_tokens is {self.budget_tokens} and type is 'disabled'; give one of them")
+        return self
+
+
 class ChatRequest(_Model):
-    """Body of POST /v1/chat/completions. Unknown fields are accepted; those that would be ignored are not."""
+    """Body of POST /v1/chat/completions. Unknown fields are accepted; those that would be ignored are not.
+
+    Ours: `max_thinking_tokens`, `loop_guard` and `votes` (see docs/api.md)."""
 
     messages: list[Message]
     model: str | None = None
@@ -71,6 +87,11 @@ class ChatRequest(_Model):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: str | list[str] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    votes: Annotated[int, Field(ge=1, le=MAX_VOTES)] | None = None
+    max_thinking_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    thinking: ThinkingSwitch | None = None
+    loop_guard: bool | None = None
 
     @field_validator("stop")
     @classmethod
@@ -80,8 +101,26 @@ class ChatRequest(_Model):
             raise ValueError(f"stop takes at most {_MAX_STOPS} strings of 1 to 1000 characters")
         return stop
 
+    @property
+    def samples(self) -> int:
+        """How many answers are to be sampled."""
+        return self.votes or self.n or 1
+
+    def thinking_budget(self) -> tuple[str, int | None]:
+        """(the field that says how many tokens a thought may have, the number); None where no field does."""
+        if self.thinking is None or self.max_thinking_tokens is not None:
+            return "max_thinking_tokens", self.max_thinking_tokens
+        return "thinking", 0 if self.thinking.type == "disabled" else self.thinking.budget_tokens
+
     def refuse_unsupported(self) -> None:
-        """Raises Unsupported for a field that would silently change nothing."""
+        """Raises Unsupported for a field that would silently change nothing, and for two that contradict each other."""
+        if self.votes is not None and (self.n or 1) > 1:
+            raise Unsupported("n", f"n is {self.n} and votes is {self.votes}; votes gives one choice, leave n out")
+        if self.thinking is not None and self.max_thinking_tokens is not None:
+            budget = 0 if self.thinking.type == "disabled" else self.thinking.budget_tokens
+            if budget not in (None, self.max_thinking_tokens):
+                raise Unsupported("thinking", f"thinking gives the thought {budget} tokens and max_thinking_tokens "
+                                              f"{self.max_thinking_tokens}; give one of them")
         extra = self.model_extra or {}
         for name, harmless in _UNSUPPORTED.items():
             if (value := extra.get(name)) is not None and value not in harmless:
@@ -99,13 +138,15 @@ class ChatRequest(_Model):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self) -> SamplingParams:
-        """A request without a seed gets a random one."""
+    def sampling(self) -> list[SamplingParams]:
+        """One for each sample, with seeds that follow each other. A request without a seed gets a random one."""
         limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
-        return SamplingParams(
+        seed = secrets.randbits(31) if self.seed is None else self.seed
+        return [SamplingParams(
             max_tokens=min(limits, default=None),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            seed=secrets.randbits(31) if self.seed is None else self.seed & (2**63 - 1),
+            seed=seed + index & (2**63 - 1),
             stop=self.stops(),
-        )
+            loop_guard=self.loop_guard is not False,
+        ) for index in range(self.samples)]

@@ -50,7 +50,10 @@ class HeldOut(Protocol):
 
 
 class Traced(Protocol):
-    """Optional: worked solutions for a model that starts from nothing."""
+    """Optional: worked solutions for a model that starts from nothing. `closing_words` is the line with which one of them
+    gives up and answers all the same; a server that closes a thought early writes it there."""
+
+    closing_words: str
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """`thought</think>\\nanswer`: what follows a prompt that ends in `<think>\\n`. Readable; not always right."""

@@ -35,6 +35,7 @@ class Countdown:
     """
 
     name = "countdown"
+    closing_words = "guess"  # the last line of a thought that found nothing (see `traces`)
 
     def __init__(self, numbers: int = 3, low: int = 1, high: int = 30, target_low: int = 1, target_high: int = 100,
                  authors: dict[str, float] | None = None):

@@ -21,6 +21,11 @@ def context_that_fits(config: Any, sequences: int) -> int:
     return config.max_position_embeddings if not tokens else min(config.max_position_embeddings, tokens)
 
 
+def words_of(task: Any, closing_words: str | None) -> str:
+    """What a thought that is closed early ends with: as the user says, else as the task's own worked solutions give up."""
+    return getattr(task, "closing_words", "") if closing_words is None else closing_words
+
+
 class StopSignal:
     """Ctrl-C (or SIGTERM) once: stop at the next step, with the state saved. Twice: stop at once; the last save stays."""
 
@@ -51,7 +56,8 @@ class Beside:
     """The HTTP server beside a run, or after it. The thread that made it owns the engine."""
 
     def __init__(self, address: tuple[str, int], dollars_per_hour: float, task: Any, taught: str, metrics: Path | None,
-                 max_waiting: int = 128, allow_hosts: list[str] | None = None, api_key: str | None = None):
+                 max_waiting: int = 128, allow_hosts: list[str] | None = None, api_key: str | None = None,
+                 max_thinking_tokens: int | None = None, closing_words: str | None = None):
         from jevons.serve.app import Server, ServeSettings, create_app
         from jevons.serve.host import EngineHost
         from jevons.serve.pages import PageInfo
@@ -63,20 +69,22 @@ class Beside:
         questions = examples() if examples else []
         hashes = (hashlib.sha256(api_key.encode()).hexdigest(),) if api_key else ()
         settings = ServeSettings(host=address[0], port=address[1], dollars_per_hour=dollars_per_hour,
-                                 allow_hosts=tuple(allow_hosts or ()), api_key_hashes=hashes)
+                                 allow_hosts=tuple(allow_hosts or ()), api_key_hashes=hashes,
+                                 max_thinking_tokens=max_thinking_tokens, closing_words=words_of(task, closing_words))
         page = PageInfo(model=lambda: self.host.model_name, taught=lambda: taught, examples=lambda: questions,
                         dollars_per_hour=dollars_per_hour, training=lambda: self.training)
         self.server = Server(create_app(self.host, lambda: self.tokenizer, settings, page, metrics), settings)
         self.server.start()
 
-    def show(self, model: Any, tokenizer: Any, name: str, max_batch: int = CHAT_BATCH) -> None:
-        """Answer with this model from now on."""
+    def show(self, model: Any, tokenizer: Any, name: str, max_batch: int = CHAT_BATCH, final: bool = True) -> None:
+        """Answer with this model from now on. `final`: its weights stay as they are, so that prefixes may be kept."""
         from jevons.engine.engine import Engine
 
         self.host.set_engine(None)
         self.tokenizer = tokenizer
         self.host.set_engine(Engine(model, tokenizer.eos_id, max_batch=max_batch, max_waiting=4 * max_batch,
-                                    max_len=context_that_fits(model.config, max_batch), tokenizer=tokenizer), name)
+                                    max_len=context_that_fits(model.config, max_batch), tokenizer=tokenizer,
+                                    prefix_cache=final, speculate=None if final else 0, patient=final), name)
 
     def run_forever(self, stop: StopSignal) -> None:
         """Serve until Ctrl-C."""

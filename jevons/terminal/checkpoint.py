@@ -1,11 +1,10 @@
-"""What is done with one checkpoint: evaluate, serve, chat, describe."""
+"""What is done with one checkpoint: evaluate, serve, describe."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,12 @@ def _trained_task(provenance: dict[str, Any], name: str | None = None, args: dic
     return load_task(name, own | (args or {}))
 
 
+def known_task(provenance: dict[str, Any]) -> Any:
+    """The task the checkpoint was trained on; None for a foreign one, which was taught something we do not know."""
+    with contextlib.suppress(ValueError):
+        return _trained_task(provenance)
+
+
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
                         temperature: float, max_tokens: int, as_json: bool, dump: Path | None) -> None:
     if dump is not None and not dump.resolve().parent.is_dir():
@@ -44,83 +49,34 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
     if as_json:
         print(json.dumps({"checkpoint": str(checkpoint), "task": the_task.name, "seed": seed} | result.record()))
         return
-    print(f"pass@1           {result.accuracy:.1%}  (95 % interval {result.low:.1%} to {result.high:.1%}, {n} problems)")
+    rows = [("pass@1", result.accuracy, result.low, result.high)]
     if result.pass_at_k is not None:
-        print(f"pass@{samples:<11} {result.pass_at_k:.1%}")
+        rows += [(f"cons@{samples}", result.cons_at_k, result.cons_low, result.cons_high),
+                 (f"pass@{samples}", result.pass_at_k, result.pass_low, result.pass_high)]
+    for name, share, low, high in rows:
+        print(f"{name:<16} {share:.1%}  (95 % interval {low:.1%} to {high:.1%}, {n} problems)")
     print(f"thinking tokens  {result.thinking_length:.1f}\ntruncated        {result.truncated:.1%}")
     if result.mtp_acceptance is not None:
         print(f"MTP accepted     {result.mtp_acceptance:.1%}")
 
 
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
-                     allow_hosts: list[str], api_key: str | None) -> None:
+                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None,
+                     closing_words: str | None) -> None:
     use_threads()
     loaded = open_checkpoint(checkpoint)
-    task = None
-    with contextlib.suppress(ValueError):  # a foreign checkpoint was taught something we do not know
-        task = _trained_task(loaded.provenance)
+    task = known_task(loaded.provenance)
     console = Console(stderr=True)
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
-        beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key)
+        beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key,
+                        max_thinking_tokens, closing_words)
         if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
             console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
                           f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
         beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
         beside.run_forever(stop)
-
-
-def chat_with(checkpoint: Path, temperature: float, max_tokens: int) -> None:
-    """A loop of questions; Ctrl-C ends an answer, Ctrl-D the chat."""
-    from jevons.engine.engine import Engine
-
-    use_threads()
-    loaded = open_checkpoint(checkpoint)
-    console = Console(highlight=False, emoji=False)
-    engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
-                    max_len=context_that_fits(loaded.config, 1))
-    taught = loaded.provenance.get("taught") or loaded.config.architecture
-    console.print(f"{taught}. Ctrl-D ends the chat.", style="dim", markup=False, soft_wrap=True)
-    seed = 0
-    while True:
-        try:
-            question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.print()
-            return
-        if not question:
-            continue
-        seed += 1
-        try:
-            for thought, answer in _answer(engine, loaded.tokenizer, question, temperature, max_tokens, seed):
-                console.print(thought, style="dim", end="", markup=False)
-                console.print(answer, style="bold", end="", markup=False)
-        except KeyboardInterrupt:
-            for sequence in list(engine.scheduler.running):
-                engine.cancel(sequence.request.request_id)
-        except ValueError as error:  # a question longer than the context
-            console.print(str(error), style="red", markup=False)
-        console.print()
-
-
-def _answer(engine: Any, tokenizer: Any, question: str, temperature: float, max_tokens: int, seed: int,
-            ) -> Iterator[tuple[str, str]]:
-    """(thought, answer) pieces as they come."""
-    from jevons.chat import ReasoningParser
-    from jevons.engine.types import Request, SamplingParams
-
-    prompt = tokenizer.renderer().question(question)
-    parser, stream = ReasoningParser.after(prompt, tokenizer), tokenizer.decode_stream()
-    engine.submit(Request(prompt, SamplingParams(max_tokens, temperature, seed=seed, stop_token_ids=tokenizer.stop_ids)))
-    while engine.has_work:
-        for event in engine.step():
-            if event.error:
-                raise ValueError(event.error)
-            text = stream.step(event.token_id) if event.token_id is not None else None
-            if text:
-                yield parser.feed(text)
-    yield parser.finish()
 
 
 def describe(checkpoint: Path | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Watch:
 
     def on_model(self, model: Any, tokenizer: Any, name: str) -> None:
         if self.beside is not None:
-            self.beside.show(model, tokenizer, name)
+            self.beside.show(model, tokenizer, name, final=False)
 
     def on_stage(self, name: str, done: int, budget: int) -> None:
         self._name = name

@@ -1,16 +1,16 @@
 // The chat page: conversations at the left, the thread, the question box. One answer streams at a time.
 
 import { byId, h, icon, iconButton, themeButton } from "./dom.js";
-import { ask, AnswerError } from "./stream.js";
+import { answerNow, ask, AnswerError } from "./stream.js";
 import * as talk from "./conversations.js";
 import { AnswerTurn, userTurn } from "./turn.js";
 
-const DEFAULTS = { temperature: 0.6, maxTokens: null, remember: false, key: "" };
+const DEFAULTS = { temperature: 0.6, maxTokens: null, maxThinking: null, votes: 1, remember: false, key: "" };
 const page = {
   info: null, // of /ui/info, null while the server is away
   conversations: talk.loadAll(),
   current: talk.create(),
-  running: null, // {conversation, node, view, controller, began}
+  running: null, // {conversation, node, view, controller, began, id}
   settings: { ...DEFAULTS },
 };
 const log = byId("log"), thread = byId("thread"), question = byId("question"), send = byId("send");
@@ -23,10 +23,12 @@ function loadSettings() {
 }
 
 function drawSettings() {
-  const { temperature, maxTokens, remember, key } = page.settings;
+  const { temperature, maxTokens, maxThinking, votes, remember, key } = page.settings;
   byId("temperature").value = temperature;
   byId("temperature-value").textContent = Number(temperature).toFixed(2);
   byId("max-tokens").value = maxTokens ?? "";
+  byId("max-thinking").value = maxThinking ?? "";
+  byId("votes").value = votes;
   byId("remember").checked = remember;
   byId("key").value = key;
 }
@@ -48,10 +50,13 @@ function setUpSettings(button) {
   document.addEventListener("click", (event) => { if (!panel.hidden && !panel.contains(event.target)) toggle(false); });
   panel.addEventListener("keydown", (event) => { if (event.key === "Escape") { toggle(false); button.focus(); } });
   byId("temperature").addEventListener("input", (event) => setSetting("temperature", Number(event.target.value)));
-  byId("max-tokens").addEventListener("change", (event) => {
+  const limit = (id, name, least) => byId(id).addEventListener("change", (event) => {
     const value = Math.floor(Number(event.target.value));
-    setSetting("maxTokens", value >= 1 ? value : null);
+    setSetting(name, event.target.value.trim() && value >= least ? value : null);
   });
+  limit("max-tokens", "maxTokens", 1);
+  limit("max-thinking", "maxThinking", 0);
+  byId("votes").addEventListener("change", (event) => setSetting("votes", Number(event.target.value)));
   byId("remember").addEventListener("change", (event) => setSetting("remember", event.target.checked));
   byId("key").addEventListener("change", (event) => setSetting("key", event.target.value.trim()));
   byId("reset-settings").addEventListener("click", () => { Object.assign(page.settings, DEFAULTS); setSetting("remember", DEFAULTS.remember); });
@@ -85,9 +90,10 @@ function drawState() {
   if (!talk.path(page.current).length) drawThread();
 }
 
-const waitingWords = () => (page.info?.training
-  ? `Training holds the weights; your question is answered at the next step (${page.info.training}).`
-  : "Waiting for the model…");
+function waitingWords({ answered, votes } = {}) {
+  if (page.info?.training) return `Training holds the weights; your question is answered at the next step (${page.info.training}).`;
+  return votes > 1 ? `Asking ${votes} times; ${answered || "none"} ${answered === 1 ? "has" : "have"} answered so far` : "Waiting for the model…";
+}
 
 // ---- asking
 
@@ -97,7 +103,7 @@ function begin(conversation, parent) {
   const node = talk.add(conversation, parent, { role: "assistant", content: "", thought: "", status: "running", meta: {} });
   const controller = new AbortController();
   const messages = talk.messagesFor(conversation, asked, page.settings.remember);
-  page.running = { conversation, node, controller, began: performance.now(), view: null };
+  page.running = { conversation, node, controller, began: performance.now(), view: null, id: null, votes: page.settings.votes, answered: 0 };
   keep(conversation);
   drawThread();
   drawSend();
@@ -106,17 +112,25 @@ function begin(conversation, parent) {
 }
 
 function requestBody(messages) {
-  const { temperature, maxTokens } = page.settings;
+  const { temperature, maxTokens, maxThinking, votes } = page.settings;
   const body = { model: page.info?.model ?? "jevons", messages, stream: true, temperature: Number(temperature) };
-  return maxTokens ? { ...body, max_tokens: maxTokens } : body;
+  if (maxTokens) body.max_tokens = maxTokens;
+  if (maxThinking !== null) body.max_thinking_tokens = maxThinking;
+  if (votes > 1) body.votes = votes;
+  return body;
 }
 
 async function stream(run, messages) {
   const { node, view, controller, began } = run, { meta } = node;
   const since = () => (performance.now() - began) / 1000;
-  const ticker = setInterval(() => view.tick(since() - (meta.firstAt ?? 0), waitingWords()), 100);
+  const ticker = setInterval(() => view.tick(since() - (meta.firstAt ?? 0), waitingWords(run)), 100);
   try {
     for await (const event of ask(requestBody(messages), page.settings.key, controller.signal)) {
+      if (event.id) {
+        run.id = event.id;
+        view.offerAnswer(run.votes > 1);
+      }
+      run.answered = event.answered ?? run.answered;
       const thought = event.delta?.reasoning_content, text = event.delta?.content;
       if (thought || text) {
         meta.firstAt ??= since();
@@ -128,6 +142,7 @@ async function stream(run, messages) {
         view.addText(text);
       }
       if (event.finish) meta.finish = event.finish;
+      if (event.votes) meta.votes = event.votes;
       if (event.usage) meta.usage = event.usage;
       follow();
     }
@@ -187,7 +202,8 @@ function drawThread() {
     if (page.running?.node === node && page.running.view) return page.running.view.element;
     if (node.status === "running" && page.running?.node !== node) node.status = "stopped"; // the page was left while it ran
     const again = () => begin(conversation, node.parent);
-    const view = new AnswerTurn(node, place, { again, retry: again, show: show(node) });
+    const now = () => answerNow(page.running.id, page.settings.key);
+    const view = new AnswerTurn(node, place, { again, retry: again, now, show: show(node) });
     if (page.running?.node === node) page.running.view = view;
     return view.element;
   }));

@@ -25,7 +25,7 @@ const ICONS = {
   send: "M12 19V6M6 11.5l6-6 6 6", copy: "M9 9h10v11H9zM5 15V4h10", check: "M5 12.5l4.5 4.5L19 7.5",
   retry: "M19 12a7 7 0 1 1-2.2-5.1M19 4v4h-4", edit: "M5 19l1-4L16.5 4.5l3 3L9 18zM14 7l3 3",
   left: "M14 6l-6 6 6 6", right: "M10 6l6 6-6 6", up: "M6 14l6-6 6 6", down: "M6 10l6 6 6-6",
-  search: "M11 18a7 7 0 1 0 0-14 7 7 0 0 0 0 14zM16 16l5 5", trash: "M5 7h14M9 7V4h6v3M7 7l1 13h8l1-13",
+  skip: "M5 6l8 6-8 6zM17 6v12", search: "M11 18a7 7 0 1 0 0-14 7 7 0 0 0 0 14zM16 16l5 5", trash: "M5 7h14M9 7V4h6v3M7 7l1 13h8l1-13",
   sliders: "M4 8h9M17 8h3M15 6v4M4 16h3M11 16h9M9 14v4",
   theme: "M12 3a9 9 0 1 0 0 18zM12 3a9 9 0 0 1 0 18", chart: "M4 19h16M6 15l4-5 4 3 5-7", chat: "M4 5h16v11H10l-5 4v-4H4z",
 };

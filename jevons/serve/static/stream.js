@@ -19,9 +19,9 @@ async function httpError(response) {
   return new AnswerError(message, { retryAfter: Number(response.headers.get("retry-after")) || null });
 }
 
-/** Events of one line: {waiting}, {delta}, {finish}, {usage}; `done` at the end. */
+/** Events of one line: {waiting, answered}, {delta}, {finish}, {usage}, {votes}; `done` at the end. */
 function* events(line) {
-  if (line.startsWith(":")) yield { waiting: true };
+  if (line.startsWith(":")) yield { waiting: true, answered: Number(/(\d+) of \d+ answered/.exec(line)?.[1] ?? 0) };
   if (!line.startsWith("data:")) return;
   const data = line.slice(5).trim();
   if (data === "[DONE]") return yield { done: true };
@@ -30,20 +30,29 @@ function* events(line) {
   const choice = chunk.choices?.[0];
   if (choice?.delta) yield { delta: choice.delta };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
+  if (chunk.votes) yield { votes: chunk.votes };
   if (chunk.usage) yield { usage: chunk.usage };
 }
 
-/** Ask, and yield events until the answer is complete. `key` may be empty. Throws AnswerError, or AbortError after `signal`. */
+const headersFor = (key) => ({ "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) });
+
+/** Have the thought of a running answer closed; false where it is over already. `id` as `ask` gave it. */
+export async function answerNow(id, key) {
+  const response = await fetch(`/v1/chat/completions/${id}/answer_now`, { method: "POST", headers: headersFor(key) });
+  return response.ok && (await response.json()).closes_thought;
+}
+
+/** Ask, and yield events until the answer is complete, the first of them {id}. `key` may be empty. Throws AnswerError, or AbortError after `signal`. */
 export async function* ask(body, key, signal) {
   let response;
-  const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
   try {
-    response = await fetch("/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
+    response = await fetch("/v1/chat/completions", { method: "POST", headers: headersFor(key), body: JSON.stringify(body), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new AnswerError("The server does not answer. Is it still running?", { down: true });
   }
   if (!response.ok) throw await httpError(response);
+  yield { id: response.headers.get("x-request-id") };
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

@@ -1,0 +1,69 @@
+"""Drafts of the MTP module: what running sequences will probably say next, for the engine to verify."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from jevons.engine.rows import Rows
+from jevons.engine.scheduler import Sequence
+from jevons.engine.speculation import Speculation
+from jevons.model import CausalLM, KVCache, build_meta
+
+
+class Drafts(dict[Sequence, list[int]]):
+    """The drafts for the next pass of the sequences that draft; one that is not in here does not, for good.
+
+    Entry j of the module's cache holds what it made of token j + 1 and the hidden state at j. A shared page's last entry so
+    depends on a token that is not in its key: another branch's may be read there. It only makes a draft worse."""
+
+    def __init__(self, model: CausalLM, rows: Rows, speculation: Speculation, cache: KVCache):
+        super().__init__()
+        self.model, self.rows, self.speculation, self.cache = model, rows, speculation, cache
+
+    def admit(self, sequence: Sequence) -> None:
+        self.pop(sequence, None)
+        if self.speculation.enrol():
+            self[sequence] = []
+
+    def make(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], batch: int) -> None:
+        """Run the module over what was just computed, and set the running sequences' drafts for a pass of `batch`.
+
+        `parts`: (sequence, the position of its first token, how many, the row of `hidden` that holds its last)."""
+        parts = [part for part in parts if part[0] in self]
+        most = self.speculation.drafts(batch) if parts else 0
+        if most is None:
+            for sequence, *_ in parts:
+                del self[sequence]
+        if not parts or most is None:
+            return
+        device, sequences = hidden.device, [part[0] for part in parts]
+        starts, counts = [part[1] for part in parts], [part[2] for part in parts]
+        table, size = self.rows.tables(sequences), self.cache.page_size
+        meta = build_meta(table, starts, counts, size)
+        picked = [row for _, _, count, last in parts for row in range(last - count + 1, last + 1)]
+        flat = torch.tensor([i for s, start, count, _ in parts for i in s.tokens[start + 1 : start + count + 1]], device=device)
+        out = self.model.forward_mtp(hidden[picked], flat, meta.positions_N, self.cache, meta)
+        ends, tokens = np.cumsum(counts) - 1, torch.empty(0)
+        for sequence in sequences:
+            self[sequence] = []
+        # (sequence, its row of `out`, drafts): none past its limit, and none whose entry would need another page
+        live = [(i, int(ends[i]), min(most, s.limit - s.produced - 1, len(s.pages) * size - starts[i] - counts[i] + 1))
+                for i, s in enumerate(sequences) if s.row is not None]
+        for depth in range(most):
+            live = [(i, row, wanted) for i, row, wanted in live if wanted > depth]
+            if not live:
+                break
+            going, at = [i for i, *_ in live], [row for _, row, _ in live]
+            if depth:
+                meta = build_meta(table[going], [starts[i] + counts[i] + depth - 1 for i in going], None, size)
+                out = self.model.forward_mtp(out[at], tokens[at].to(device), meta.positions_N, self.cache, meta)
+            else:
+                out = out[at]
+            live = [(i, row, wanted) for row, (i, _, wanted) in enumerate(live)]
+            # drawn with the noise of the very token that it foretells: where the two distributions agree, so do the draws
+            slots = torch.tensor([sequences[i].row for i in going])
+            tokens, _ = self.rows.choose(self.model.logits(out).cpu(), slots,
+                                         torch.tensor([len(sequences[i].tokens) + depth for i in going]))
+            for i, token in zip(going, tokens.tolist(), strict=True):
+                self[sequences[i]].append(token)

@@ -1,0 +1,56 @@
+"""One row for every running sequence, kept as tensors so that a decode step builds nothing from Python lists."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from jevons.engine.sampler import sample, uniform
+from jevons.engine.scheduler import Sequence
+
+COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
+
+
+class Rows:
+    """`table` [rows, pages] lies on the model's device, the rest on the CPU."""
+
+    def __init__(self, count: int, pages: int, device: torch.device):
+        self.table = torch.zeros(count, pages, dtype=torch.long, device=device)
+        self.length = torch.zeros(count, dtype=torch.long)  # tokens in the cache
+        self.last = torch.zeros(count, dtype=torch.long)  # the token that comes next into it
+        self.temperature = torch.ones(count)
+        self.top_p = torch.ones(count)
+        self.seed = np.zeros(count, dtype=np.uint64)
+
+    def set(self, sequence: Sequence) -> None:
+        """Fill the row of a sequence that begins to run."""
+        row, params = sequence.row, sequence.request.params
+        self.temperature[row] = params.temperature if params.temperature > COLDEST else 0.0
+        self.top_p[row] = params.top_p
+        self.seed[row] = params.seed % 2**64
+        self.grow(sequence, 0)
+        self.follow(sequence)
+
+    def follow(self, sequence: Sequence) -> None:
+        """Length and last token are the sequence's."""
+        self.length[sequence.row], self.last[sequence.row] = sequence.computed, sequence.tokens[-1]
+
+    def grow(self, sequence: Sequence, held: int) -> None:
+        """Its pages from number `held` on are new."""
+        self.table[sequence.row, held : len(sequence.pages)] = torch.tensor(sequence.pages[held:], device=self.table.device)
+
+    def move(self, source: int, row: int) -> None:
+        for rows in (self.length, self.last, self.temperature, self.top_p, self.seed, self.table):
+            rows[row] = rows[source]
+
+    def choose(self, logits: torch.Tensor, rows: torch.Tensor | slice, positions: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and log-probs by the parameters of `rows`; `positions` are the tokens' own, by default the next ones."""
+        at = (self.length[rows] if positions is None else positions).numpy().astype(np.uint64)
+        seeds = self.seed[rows] if isinstance(rows, slice) else self.seed[rows.numpy()]
+        return sample(logits, self.temperature[rows], self.top_p[rows], torch.from_numpy(uniform(seeds, at)))
+
+    def tables(self, sequences: list[Sequence]) -> torch.Tensor:
+        """A page table of any sequences, in a row or not."""
+        longest = max(len(s.pages) for s in sequences)
+        return torch.tensor([s.pages + [0] * (longest - len(s.pages)) for s in sequences], device=self.table.device)

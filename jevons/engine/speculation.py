@@ -1,0 +1,74 @@
+"""How many tokens the MTP module should draft: measured, not assumed. No torch here.
+
+A pass with k drafts gives 1 + (accepted drafts) tokens. Whether that pays depends on how often drafts are right and on what a
+longer pass costs, which differs with the batch: in a mixture of experts, more tokens read more experts. So every k has its own
+clock per batch size, and the best one so far is used, the others tried again now and then. What is drafted never changes what
+is said (see `Engine`), only how fast.
+"""
+
+from __future__ import annotations
+
+TRIES = 6  # passes before a number of drafts is judged
+AGAIN = 400  # passes after which a neighbour of the best is tried again
+EVERY = 8  # where drafting does not pay, one new sequence in so many tries it again
+DECAY = 0.1
+
+
+class Speculation:
+    """`drafts` for the next pass of a batch; `record` what came of it. `fixed` is used as it is, None is found out."""
+
+    def __init__(self, fixed: int | None = None, most: int = 3, largest_batch: int = 16):
+        self.fixed, self.most, self.largest_batch = fixed, most, largest_batch
+        self._seconds: dict[tuple[int, int], list[float]] = {}  # (batch bucket, k) -> [mean seconds of a pass, passes]
+        self._tokens: dict[tuple[int, int], float] = {}  # mean tokens of a pass per sequence
+        self._passes = 0
+        self._off = False  # drafting did not pay when it was last used
+        self._refused = 0
+
+    @property
+    def paying(self) -> bool:
+        """Whether new sequences draft."""
+        return not self._off
+
+    def enrol(self) -> bool:
+        """Whether a new sequence should draft at all: its prompt must then run through the MTP module too. Where drafting did
+        not pay, one sequence in EVERY tries again."""
+        if self.fixed is not None or not self._off:
+            return True
+        self._refused += 1
+        if self._refused % EVERY:
+            return False
+        self._passes = 0
+        return True
+
+    def drafts(self, batch: int) -> int | None:
+        """Drafts per sequence in the next pass; None: it does not pay, let these sequences draft no more."""
+        if self.fixed is not None:
+            return self.fixed
+        if batch > self.largest_batch:
+            return None
+        bucket, rates = batch.bit_length(), []
+        for k in range(self.most + 1):
+            seconds, passes = self._seconds.get((bucket, k), (0.0, 0))
+            if passes < TRIES:
+                if k < 2 or rates[-1] > rates[0]:  # more drafts are tried only where one fewer was better than none
+                    return k
+                break
+            rates.append(self._tokens[bucket, k] / seconds)
+        best = max(range(len(rates)), key=rates.__getitem__)
+        turn = self._passes % AGAIN
+        if turn < 2 * TRIES:
+            return min(max(best + (1 if turn < TRIES else -1), 0), len(rates) - 1)
+        self._off = best == 0
+        return best or None
+
+    def record(self, batch: int, drafts: int, seconds: float, tokens: float) -> None:
+        """A pass over `batch` sequences with `drafts` each took `seconds`, the drafting for the next one included, and gave
+        `tokens` per sequence."""
+        self._passes += 1
+        key = batch.bit_length(), drafts
+        mean, passes = self._seconds.get(key, (seconds, 0))
+        share = max(DECAY, 1 / (passes + 1))
+        # a pass that was disturbed says little: it counts no more than twice the mean
+        self._seconds[key] = [mean + share * (min(seconds, 2 * mean) - mean), passes + 1]
+        self._tokens[key] = self._tokens.get(key, tokens) + share * (tokens - self._tokens.get(key, tokens))

@@ -1,0 +1,573 @@
+// Attention straight from a paged cache, whatever order the pages lie in: `paged_store` writes a call's new cells,
+// `paged_attention` lets its queries see all cells up to their own position. jevons/numerics/paged.py calls both.
+//
+// Online softmax over tiles of cells: a block of up to 64 rows (queries x the heads that share a key) goes over the cells
+// once, so a cell is loaded once for all its heads and no score matrix is ever held. A sequence's context is cut into spans
+// that depend on its own length alone; whether spans run one after the other or on several threads, their parts are
+// merged in the same order. So a decoded token's numbers do not depend on what else is in the batch, nor on threads.
+//
+// Cells are float32 or bf16. bf16 queries over bf16 cells are multiplied in pairs where the processor can (AVX512_BF16);
+// everything else is float32. Sums are float32 always.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace paged {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// What one layer's heads read of a cell. Key and value of group g begin at key_at + g * key_step, value_at + g * value_step.
+struct Heads {
+    int64_t heads, groups;           // query heads, and the keys they share
+    int64_t plain, rotary, value;    // a key is `plain` elements, then `rotary` rotated ones; width of a value
+    int64_t cell;                    // elements of a cell
+    int64_t key_at, key_step, value_at, value_step;
+    int64_t adjacent;                // rotated pairs are dims 2i, 2i + 1 (then de-interleaved), else i, i + rotary / 2
+    float scale, epsilon;
+};
+
+// Sequence s brings tokens starts[s] .. starts[s + 1] at positions contexts[s] ...
+struct Batch {
+    int64_t sequences, page_size, table_width, table_stride;
+    const int64_t *table, *starts, *contexts;
+};
+
+// Whether every page that the call reads or writes is one of the cache's.
+inline bool pages_exist(const Batch& b, int64_t pages) {
+    for (int64_t s = 0; s < b.sequences; s++) {
+        const int64_t count = (b.contexts[s] + b.starts[s + 1] - b.starts[s] + b.page_size - 1) / b.page_size;
+        if (b.contexts[s] < 0 || count > b.table_width) return false;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t page = b.table[s * b.table_stride + i];
+            if (page < 0 || page >= pages) return false;
+        }
+    }
+    return true;
+}
+
+// A [token, head, width] view whose last dimension is dense.
+struct View {
+    void* data;
+    int64_t token, head;  // strides in elements
+};
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+
+constexpr int ROWS = LANES == 16 ? 4 : 2;  // rows x CELLS scores are summed in registers at a time
+constexpr int CELLS = 4;
+constexpr int TILE = 64;     // cells between two looks at the running maximum
+constexpr int BLOCK = 64;    // rows of one pass
+constexpr int SPAN = 512;    // cells of a span; longer contexts have longer ones, MAX_SPANS at most
+constexpr int MAX_SPANS = 16;
+constexpr float LOG2_E = 1.44269504f;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, bf16& to) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    to.bits = x != x ? uint16_t(bits >> 16 | 64) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline Vec load(const bf16* p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    Ints i = __builtin_convertvector(h, Ints) << 16;
+    Vec v;
+    memcpy(&v, &i, sizeof v);
+    return v;
+}
+template <class T>
+inline Vec load_part(const T* p, int count) {  // the lanes past `count` are zero, and not read
+    T padded[LANES] = {};
+    memcpy(padded, p, count * sizeof(T));
+    return load(padded);
+}
+inline void put(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+// 2^x to a few units in the last place for x <= 0; under 2^-125 it stays there. NaN gives NaN.
+inline Vec exp2(Vec x) {
+    x = x < -125.0f ? splat(-125.0f) : x;
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+    Vec shifted = x + magic, f = x - (shifted - magic);
+    Vec p = splat(1.54035304e-4f);
+    p = p * f + 1.33335581e-3f;
+    p = p * f + 9.61812911e-3f;
+    p = p * f + 5.55041087e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147181e-1f;
+    p = p * f + 1.0f;
+    Ints whole, bits;
+    memcpy(&whole, &shifted, sizeof whole);
+    memcpy(&bits, &p, sizeof bits);
+    bits += whole << 23;  // magic's own bits leave at the top
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+inline float sum_lanes(Vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// The four vectors' own sums, to s[0 .. 4].
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* s) {
+#if defined(__AVX512F__)
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+    __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+#else
+    s[0] = sum_lanes(a), s[1] = sum_lanes(b), s[2] = sum_lanes(c), s[3] = sum_lanes(d);
+#endif
+}
+
+// -- scores: R rows of queries times CELLS keys -------------------------------------------------------------------------
+
+template <int R, class Cell>
+inline void score(const float* q, int64_t stride, const Cell* const* keys, int width, float* s) {
+    Vec sum[R][CELLS] = {};
+    auto step = [&](int w, int left) {
+        Vec k[CELLS];
+        for (int c = 0; c < CELLS; c++) k[c] = left >= LANES ? load(keys[c] + w) : load_part(keys[c] + w, left);
+        for (int r = 0; r < R; r++) {
+            Vec x = load(q + r * stride + w);  // padded with zeros
+            for (int c = 0; c < CELLS; c++) sum[r][c] += x * k[c];
+        }
+    };
+    int w = 0;
+    for (; w + LANES <= width; w += LANES) step(w, LANES);
+    if (w < width) step(w, width - w);
+    for (int r = 0; r < R; r++) sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s + r * TILE);
+}
+
+// -- values: out[r] += sum over cells of p[r][cell] * value[cell], V vectors of the width at a time ----------------------
+
+template <int R, int V, class Cell>
+inline void mix(const float* p, const Cell* const* values, int cells, int at, int left, float* out, int64_t stride) {
+    Vec sum[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sum[r][v] = load(out + r * stride + at + v * LANES);
+    for (int c = 0; c < cells; c++) {
+        Vec x[V];
+        for (int v = 0; v < V; v++)
+            x[v] = left >= V * LANES ? load(values[c] + at + v * LANES) : load_part(values[c] + at, left);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sum[r][v] += p[r * TILE + c] * x[v];
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) put(out + r * stride + at + v * LANES, sum[r][v]);
+}
+
+template <int R, class Cell>
+inline void mix_width(const float* p, const Cell* const* values, int cells, int width, float* out, int64_t stride) {
+    int at = 0;
+    for (; at + 4 * LANES <= width; at += 4 * LANES) mix<R, 4>(p, values, cells, at, 4 * LANES, out, stride);
+    for (; at + LANES <= width; at += LANES) mix<R, 1>(p, values, cells, at, LANES, out, stride);
+    if (at < width) mix<R, 1>(p, values, cells, at, width - at, out, stride);
+}
+
+#if HAS_PAIRS
+// The same two for bf16 queries over bf16 cells: 32 products an instruction.
+
+inline __m512bh load_pairs(const bf16* p, int left) {
+    return (__m512bh)(left >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << left) - 1, p));
+}
+
+template <int R>
+inline void score(const bf16* q, int64_t stride, const bf16* const* keys, int width, float* s) {
+    __m512 sum[R][CELLS] = {};
+    auto step = [&](int w, int left) {
+        __m512bh k[CELLS];
+        for (int c = 0; c < CELLS; c++) k[c] = load_pairs(keys[c] + w, left);
+        for (int r = 0; r < R; r++) {
+            __m512bh x = load_pairs(q + r * stride + w, 32);
+            for (int c = 0; c < CELLS; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], x, k[c]);
+        }
+    };
+    int w = 0;
+    for (; w + 32 <= width; w += 32) step(w, 32);
+    if (w < width) step(w, width - w);
+    for (int r = 0; r < R; r++) sum4((Vec)sum[r][0], (Vec)sum[r][1], (Vec)sum[r][2], (Vec)sum[r][3], s + r * TILE);
+}
+
+template <int R, int V>  // V times 32 elements of the width
+inline void mix(const bf16* p, const bf16* const* values, int cells, int at, int left, float* out, int64_t stride) {
+    __m512 sum[R][2 * V] = {};
+    for (int c = 0; c < cells; c += 2) {
+        __m512bh x[2 * V];
+        for (int v = 0; v < V; v++) {
+            __m512i a = (__m512i)load_pairs(values[c] + at + v * 32, V > 1 ? 32 : left);
+            __m512i b = (__m512i)load_pairs(values[c + 1] + at + v * 32, V > 1 ? 32 : left);
+            x[2 * v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+            x[2 * v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        }
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            memcpy(&pair, p + r * TILE + c, 4);
+            for (int v = 0; v < 2 * V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair), x[v]);
+        }
+    }
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) {
+            float* to = out + r * stride + at + v * 32;
+            put(to, load(to) + (Vec)_mm512_permutex2var_ps(sum[r][2 * v], low, sum[r][2 * v + 1]));
+            put(to + 16, load(to + 16) + (Vec)_mm512_permutex2var_ps(sum[r][2 * v], high, sum[r][2 * v + 1]));
+        }
+}
+
+template <int R>
+inline void mix_width(const bf16* p, const bf16* const* values, int cells, int width, float* out, int64_t stride) {
+    int at = 0;
+    for (; at + 64 <= width; at += 64) mix<R, 2>(p, values, cells, at, 64, out, stride);
+    for (; at < width; at += 32) mix<R, 1>(p, values, cells, at, std::min(32, width - at), out, stride);
+}
+#endif
+
+// f(height) with ROWS, or what is left of the rows, as a number that the compiler knows.
+template <class F>
+inline void in_registers(int left, F f) {
+    if (left >= ROWS) return f(std::integral_constant<int, ROWS>());
+    if (ROWS > 3 && left == 3) return f(std::integral_constant<int, 3>());
+    if (ROWS > 2 && left == 2) return f(std::integral_constant<int, 2>());
+    f(std::integral_constant<int, 1>());
+}
+
+// -- a block of rows over a range of cells -------------------------------------------------------------------------------
+
+struct Rows {  // the running softmax of a block's rows
+    int count = 0;
+    int64_t limit[BLOCK];           // cells a row may see: those of positions under this
+    float top[BLOCK], sum[BLOCK];   // highest score so far, times log2 e; sum of 2^(score - top)
+    float* out = nullptr;           // [count, stride], not yet divided by sum
+
+    void clear(int64_t stride) {
+        std::fill(top, top + count, -INFINITY);
+        std::fill(sum, sum + count, 0.0f);
+        std::fill(out, out + count * stride, 0.0f);
+    }
+};
+
+// Scores s[0 .. cells] of one row become weights; what the row holds is scaled to the new maximum.
+inline void weigh(float* s, int cells, float scale, float& top, float& sum, float* out, int64_t stride) {
+    const int padded = round_up(cells, LANES);
+    for (int c = cells; c < padded; c++) s[c] = -INFINITY;
+    Vec high = load(s);
+    for (int c = LANES; c < padded; c += LANES) {
+        Vec x = load(s + c);
+        high = x > high ? x : high;
+    }
+    float best = high[0];
+    for (int i = 1; i < LANES; i++) best = std::max(best, high[i]);
+    best = std::max(best * scale, top);
+    Vec total = {};
+    for (int c = 0; c < padded; c += LANES) {
+        Vec x = exp2(load(s + c) * scale - best);
+        if (c + LANES > cells)
+            for (int i = cells - c; i < LANES; i++) x[i] = 0;
+        put(s + c, x);
+        total += x;
+    }
+    if (best != top && top != -INFINITY) {
+        const float shrink = std::exp2(top - best);
+        sum *= shrink;
+        for (int64_t v = 0; v < stride; v += LANES) put(out + v, load(out + v) * shrink);
+    }
+    top = best;
+    sum += sum_lanes(total);
+}
+
+template <class Cell>
+struct Cells {  // a sequence's cells in one layer
+    const Cell* layer;
+    const int64_t* pages;
+    int64_t page_size, width;
+
+    void find(int64_t from, int count, const Cell** to) const {
+        int64_t page = from / page_size, offset = from % page_size;
+        for (int c = 0; c < count; c++) {
+            to[c] = layer + (pages[page] * page_size + offset) * width;
+            if (++offset == page_size) offset = 0, page++;
+        }
+    }
+};
+
+template <class Q, class Cell>
+void attend_span(const Heads& h, const Q* q, int64_t q_stride, const Cells<Cell>& cells, int64_t key_at, int64_t value_at,
+                 int64_t begin, int64_t end, Rows& rows, int64_t stride) {
+    alignas(64) float s[BLOCK * TILE];
+    alignas(64) Q narrowed[std::is_same<Q, bf16>::value ? BLOCK * TILE : 1];
+    const Cell *keys[TILE], *values[TILE];
+    const int width = h.plain + h.rotary;
+    rows.clear(stride);
+    for (int64_t from = begin; from < end; from += TILE) {
+        const int count = std::min<int64_t>(TILE, end - from), padded = round_up(count, CELLS);
+        cells.find(from, count, keys);
+        for (int c = count; c < padded; c++) keys[c] = keys[c - 1];  // stands in for what is not there; its weight is 0
+        for (int c = 0; c < padded; c++) values[c] = keys[c] + value_at, keys[c] += key_at;
+        for (int r = 0; r < rows.count; r += ROWS)
+            in_registers(rows.count - r, [&](auto height) {
+                for (int c = 0; c < padded; c += CELLS)
+                    score<height.value>(q + r * q_stride, q_stride, keys + c, width, s + r * TILE + c);
+            });
+        for (int r = 0; r < rows.count; r++) {
+            const int seen = std::min<int64_t>(count, rows.limit[r] - from);
+            if (seen > 0) weigh(s + r * TILE, seen, h.scale * LOG2_E, rows.top[r], rows.sum[r], rows.out + r * stride, stride);
+            for (int c = std::max(seen, 0); c < padded; c++) s[r * TILE + c] = 0;
+            if constexpr (std::is_same<Q, bf16>::value)
+                for (int c = 0; c < padded; c++) narrow(s[r * TILE + c], narrowed[r * TILE + c]);
+        }
+        const Q* p = narrowed;
+        if constexpr (std::is_same<Q, float>::value) p = s;
+        for (int r = 0; r < rows.count; r += ROWS)
+            in_registers(rows.count - r, [&](auto height) {
+                mix_width<height.value>(p + r * TILE, values, count, h.value, rows.out + r * stride, stride);
+            });
+    }
+}
+
+// total += part: two softmaxes over different cells of the same rows.
+inline void merge(const Rows& part, Rows& total, int64_t stride) {
+    for (int r = 0; r < part.count; r++) {
+        if (part.sum[r] == 0) continue;  // it saw nothing there
+        const float top = std::max(total.top[r], part.top[r]);
+        const float a = std::exp2(total.top[r] - top), b = std::exp2(part.top[r] - top);
+        float *to = total.out + r * stride, *from = part.out + r * stride;
+        for (int64_t v = 0; v < stride; v += LANES) put(to + v, load(to + v) * a + load(from + v) * b);
+        total.sum[r] = total.sum[r] * a + part.sum[r] * b;
+        total.top[r] = top;
+    }
+}
+
+// [rotary] at `from`, turned by cos and sin [2, rotary / 2], first halves then second halves.
+template <class From, class To>
+inline void rotate(const Heads& h, const From* from, const float* rope, To* to) {
+    const int64_t half = h.rotary / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float x = widen(from[h.adjacent ? 2 * i : i]), y = widen(from[h.adjacent ? 2 * i + 1 : half + i]);
+        const float c = rope[i], s = rope[half + i];
+        narrow(x * c - y * s, to[i]);
+        narrow(y * c + x * s, to[half + i]);
+    }
+}
+
+template <class From, class To>
+inline void copy(const From* from, To* to, int64_t count) {
+    if constexpr (std::is_same<From, To>::value)
+        memcpy(to, from, count * sizeof(To));
+    else
+        for (int64_t i = 0; i < count; i++) narrow(widen(from[i]), to[i]);
+}
+
+// Grown, never shrunk, one a thread: memory of this size would come fresh from the system at every call.
+template <class T>
+T* scratch(std::vector<T>& kept, size_t count) {
+    if (kept.size() < count) kept.resize(count);
+    return kept.data();
+}
+
+struct Item {  // rows first .. first + count of a sequence's queries x the heads of a group
+    int64_t sequence, group, first, count, spans, span, first_part;
+};
+
+template <class From, class Q, class Cell>
+void attend(const Heads& h, const Batch& b, View plain, View rotary, const float* rope, const Cell* layer, View to) {
+    const int64_t share = h.heads / h.groups, stride = round_up(h.value, 32), q_stride = round_up(h.plain + h.rotary, 32);
+    std::vector<Item> items;
+    int64_t parts = 0;
+    for (int64_t s = 0; s < b.sequences; s++) {
+        const int64_t queries = b.starts[s + 1] - b.starts[s], rows = queries * share, total = b.contexts[s] + queries;
+        const int64_t span = std::max<int64_t>(SPAN, round_up((total + MAX_SPANS - 1) / MAX_SPANS, TILE));
+        for (int64_t g = 0; g < h.groups; g++)
+            for (int64_t first = 0; first < rows; first += BLOCK) {
+                const int64_t count = std::min<int64_t>(BLOCK, rows - first);
+                const int64_t limit = b.contexts[s] + (first + count - 1) / share + 1, spans = (limit + span - 1) / span;
+                items.push_back({s, g, first, count, spans, span, parts});
+                parts += spans;
+            }
+    }
+    // few blocks over long contexts: the spans themselves are shared out, and merged afterwards
+    const int64_t threads = omp_get_max_threads(), blocks = items.size();
+    const bool apart = threads > 1 && blocks < 4 * threads && parts > blocks;
+    std::vector<Rows> spread(apart ? parts : 0);
+    std::vector<float> spread_out(apart ? parts * BLOCK * stride : 0);
+    std::vector<std::pair<int64_t, int64_t>> units;  // (item, span), or (item, -1): all its spans
+    for (int64_t i = blocks - 1; i >= 0; i--)        // a prompt's last block is its longest: first
+        for (int64_t span = 0; span < (apart ? items[i].spans : 1); span++) units.push_back({i, apart ? span : -1});
+
+    auto finish = [&](const Item& item, const Rows& rows) {
+        for (int64_t r = 0; r < item.count; r++) {
+            const int64_t token = b.starts[item.sequence] + (item.first + r) / share;
+            const int64_t head = item.group * share + (item.first + r) % share;
+            From* out = static_cast<From*>(to.data) + token * to.token + head * to.head;
+            const float factor = 1 / rows.sum[r];
+            for (int64_t v = 0; v < h.value; v++) narrow(rows.out[r * stride + v] * factor, out[v]);
+        }
+    };
+
+    auto run = [&](int64_t unit) {
+        static thread_local std::vector<Q> own_q;
+        static thread_local std::vector<float> own_part, own_total;
+        const auto [index, span] = units[unit];
+        const Item& item = items[index];
+        Q* q = scratch(own_q, BLOCK * q_stride);
+        Rows part;
+        part.count = item.count;
+        for (int64_t r = 0; r < item.count; r++) {
+            const int64_t token = b.starts[item.sequence] + (item.first + r) / share;
+            const int64_t head = item.group * share + (item.first + r) % share;
+            part.limit[r] = b.contexts[item.sequence] + (item.first + r) / share + 1;
+            Q* row = q + r * q_stride;
+            std::fill(row + h.plain + h.rotary, row + q_stride, Q{});
+            copy(static_cast<const From*>(plain.data) + token * plain.token + head * plain.head, row, h.plain);
+            rotate(h, static_cast<const From*>(rotary.data) + token * rotary.token + head * rotary.head, rope + token * h.rotary,
+                   row + h.plain);
+        }
+        const Cells<Cell> cells{layer, b.table + item.sequence * b.table_stride, b.page_size, h.cell};
+        const int64_t key_at = h.key_at + item.group * h.key_step, value_at = h.value_at + item.group * h.value_step;
+        const int64_t end = part.limit[item.count - 1];
+        auto one = [&](int64_t index, Rows& rows) {
+            attend_span(h, q, q_stride, cells, key_at, value_at, index * item.span, std::min(end, (index + 1) * item.span), rows,
+                        stride);
+        };
+        if (span >= 0) {
+            part.out = spread_out.data() + (item.first_part + span) * BLOCK * stride;
+            one(span, part);
+            spread[item.first_part + span] = part;
+            return;
+        }
+        part.out = scratch(own_part, BLOCK * stride);
+        if (item.spans == 1) {
+            one(0, part);
+            return finish(item, part);
+        }
+        Rows total = part;
+        total.out = scratch(own_total, BLOCK * stride);
+        one(0, total);
+        for (int64_t i = 1; i < item.spans; i++) {
+            one(i, part);
+            merge(part, total, stride);
+        }
+        finish(item, total);
+    };
+
+    const int64_t count = units.size();
+#pragma omp parallel for schedule(dynamic) if (count > 1)
+    for (int64_t unit = 0; unit < count; unit++) run(unit);
+    if (!apart) return;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < blocks; i++) {
+        Rows& total = spread[items[i].first_part];
+        for (int64_t span = 1; span < items[i].spans; span++) merge(spread[items[i].first_part + span], total, stride);
+        finish(items[i], total);
+    }
+}
+
+template <class From, class Cell>
+void store(const Heads& h, const Batch& b, View values, View rotary, const From* norm, const float* rope, Cell* layer) {
+    const int64_t tokens = b.starts[b.sequences], width = h.groups * h.value;
+#pragma omp parallel for if (tokens * h.cell > 65536)
+    for (int64_t s = 0; s < b.sequences; s++)
+        for (int64_t token = b.starts[s]; token < b.starts[s + 1]; token++) {
+            const int64_t position = b.contexts[s] + token - b.starts[s];
+            const int64_t page = b.table[s * b.table_stride + position / b.page_size];
+            Cell* cell = layer + (page * b.page_size + position % b.page_size) * h.cell;
+            const From* from = static_cast<const From*>(values.data) + token * values.token;
+            for (int64_t g = 0; g < h.groups; g++)
+                rotate(h, static_cast<const From*>(rotary.data) + token * rotary.token + g * rotary.head, rope + token * h.rotary,
+                       cell + h.key_at + g * h.key_step + h.plain);
+            if (!norm) {
+                copy(from, cell + h.value_at, width);
+                continue;
+            }
+            Vec squares = {};
+            int64_t i = 0;
+            for (; i + LANES <= width; i += LANES) squares += load(from + i) * load(from + i);
+            if (i < width) squares += load_part(from + i, width - i) * load_part(from + i, width - i);
+            const float factor = 1 / std::sqrt(sum_lanes(squares) / width + h.epsilon);
+            for (i = 0; i < width; i++) narrow(widen(from[i]) * factor * widen(norm[i]), cell[h.value_at + i]);
+        }
+}
+
+}  // namespace paged
+
+// Both return 0, or 1 (and do nothing) where the table leads outside the cache. Types are 0 for float32, 1 for bf16. `values` are a cell's values, all groups' one after the other; with `norm` they are
+// first divided by their root mean square and multiplied by it. `rope` is [tokens, 2, rotary / 2].
+extern "C" int paged_store(const paged::Heads* h, const paged::Batch* b, int from_type, void* values, int64_t values_token,
+                           void* rotary, int64_t rotary_token, int64_t rotary_head, const void* norm, const float* rope,
+                           int cell_type, void* layer, int64_t pages) {
+    using namespace paged;
+    if (!pages_exist(*b, pages)) return 1;
+    const View v{values, values_token, 0}, r{rotary, rotary_token, rotary_head};
+    const float* wide = static_cast<const float*>(norm);
+    const bf16* half = static_cast<const bf16*>(norm);
+    if (from_type == 0 && cell_type == 0) store<float, float>(*h, *b, v, r, wide, rope, static_cast<float*>(layer));
+    if (from_type == 0 && cell_type == 1) store<float, bf16>(*h, *b, v, r, wide, rope, static_cast<bf16*>(layer));
+    if (from_type == 1 && cell_type == 0) store<bf16, float>(*h, *b, v, r, half, rope, static_cast<float*>(layer));
+    if (from_type == 1 && cell_type == 1) store<bf16, bf16>(*h, *b, v, r, half, rope, static_cast<bf16*>(layer));
+    return 0;
+}
+
+// out [token, head, value] = softmax(scale * q . keys) values, q = [plain | rotated rotary]; out has the queries' type.
+extern "C" int paged_attention(const paged::Heads* h, const paged::Batch* b, int from_type, void* plain, int64_t plain_token,
+                               int64_t plain_head, void* rotary, int64_t rotary_token, int64_t rotary_head, const float* rope,
+                               int cell_type, const void* layer, int64_t pages, void* out, int64_t out_token, int64_t out_head) {
+    using namespace paged;
+    if (!pages_exist(*b, pages)) return 1;
+    const View p{plain, plain_token, plain_head}, r{rotary, rotary_token, rotary_head}, to{out, out_token, out_head};
+    const float* wide = static_cast<const float*>(layer);
+    const bf16* half = static_cast<const bf16*>(layer);
+    using Multiplied = std::conditional<HAS_PAIRS, bf16, float>::type;
+    if (from_type == 0 && cell_type == 0) attend<float, float, float>(*h, *b, p, r, rope, wide, to);
+    if (from_type == 0 && cell_type == 1) attend<float, float, bf16>(*h, *b, p, r, rope, half, to);
+    if (from_type == 1 && cell_type == 0) attend<bf16, float, float>(*h, *b, p, r, rope, wide, to);
+    if (from_type == 1 && cell_type == 1) attend<bf16, Multiplied, bf16>(*h, *b, p, r, rope, half, to);
+    return 0;
+}
