@@ -95,7 +95,7 @@ class Answering:
         work = [Job(*job) for job in jobs]
         options = self.side.options(what, work)
         if what == "load" and "offline" in self._settings:  # the same jobs
-            self._settings["load"] = self._settings["offline"]
+            self._settings["load"] = {name: self._settings["offline"][name] for name in options}
             return {"settings": self._settings["load"]}
         if any(len(values) > 1 for values in options.values()):
             less = shorter(work, TRY)

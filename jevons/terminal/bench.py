@@ -10,7 +10,6 @@ from jevons.terminal.plan import Section, print_sections, short
 
 NAMES = {"offline": "many requests, tokens/s", "single": "one stream, tokens/s", "prefill": "prefill, tokens/s",
          "ttft": "first token, ms"}
-_SETTINGS = {"threads": "threads", "slots": "slots", "ubatch": "ubatch", "batch": "batch"}
 
 
 def show_bench(options: Any, as_json: bool, html: Path | None) -> None:
@@ -114,7 +113,8 @@ def _settings(name: str, about: dict[str, Any], compared: dict[str, Any]) -> str
     each = []
     for what, m in compared.items():
         if settings := m["sides"].get(name, {}).get("settings"):
-            each.append(f"{what} " + ", ".join(f"{k} {v}" if k in _SETTINGS else str(v) for k, v in settings.items()))
+            words = [v if isinstance(v, str) else f"{k} {'automatic' if v is None else v}" for k, v in settings.items()]
+            each.append(f"{what} {', '.join(words)}")
     own = f"{about['weights']}, {about['threads']} threads, its own defaults" if name == "jevons" else about.get("file", "")
     return f"{name} {about['version']}{f' ({own})' if own else ''}" + (f": {'; '.join(each)}" if each else "") + "."
 
