@@ -125,9 +125,8 @@ inline Vec load_part(const T* p, int count) {  // the lanes past `count` are zer
 }
 inline void put(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
-// 2^x to a few units in the last place for x <= 0; under 2^-125 it stays there. NaN gives NaN.
+// 2^x to a few units in the last place for x <= 0, and 0 under 2^-125. NaN gives NaN.
 inline Vec exp2(Vec x) {
-    x = x < -125.0f ? splat(-125.0f) : x;
     const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
     Vec shifted = x + magic, f = x - (shifted - magic);
     Vec p = splat(1.54035304e-4f);
@@ -142,13 +141,26 @@ inline Vec exp2(Vec x) {
     memcpy(&bits, &p, sizeof bits);
     bits += whole << 23;  // magic's own bits leave at the top
     memcpy(&p, &bits, sizeof p);
-    return p;
+    return x < -125.0f ? Vec{} : p;
 }
 
 inline float sum_lanes(Vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = v[0];
+    for (int i = 1; i < LANES; i++) total += v[i];
     return total;
+#endif
+}
+inline float highest_lane(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float high = v[0];
+    for (int i = 1; i < LANES; i++) high = std::max(high, v[i]);
+    return high;
+#endif
 }
 
 // The four vectors' own sums, to s[0 .. 4].
@@ -217,6 +229,13 @@ inline void mix_width(const float* p, const Cell* const* values, int cells, int 
 
 inline __m512bh load_pairs(const bf16* p, int left) {
     return (__m512bh)(left >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << left) - 1, p));
+}
+
+inline void narrow_tile(const float* from, bf16* to) {
+    for (int c = 0; c < TILE; c += 16) {
+        __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + c));
+        memcpy(to + c, &half, sizeof half);
+    }
 }
 
 template <int R>
@@ -295,23 +314,18 @@ struct Rows {  // the running softmax of a block's rows
     }
 };
 
-// Scores s[0 .. cells] of one row become weights; what the row holds is scaled to the new maximum.
+// Scores s[0 .. cells] of one row become weights, 0 up to a whole vector; what the row holds is scaled to the new maximum.
 inline void weigh(float* s, int cells, float scale, float& top, float& sum, float* out, int64_t stride) {
     const int padded = round_up(cells, LANES);
-    for (int c = cells; c < padded; c++) s[c] = -INFINITY;
-    Vec high = load(s);
+    std::fill(s + cells, s + padded, -INFINITY);
+    Vec high = load(s), total = {};
     for (int c = LANES; c < padded; c += LANES) {
         Vec x = load(s + c);
         high = x > high ? x : high;
     }
-    float best = high[0];
-    for (int i = 1; i < LANES; i++) best = std::max(best, high[i]);
-    best = std::max(best * scale, top);
-    Vec total = {};
+    const float best = std::max(highest_lane(high) * scale, top);
     for (int c = 0; c < padded; c += LANES) {
         Vec x = exp2(load(s + c) * scale - best);
-        if (c + LANES > cells)
-            for (int i = cells - c; i < LANES; i++) x[i] = 0;
         put(s + c, x);
         total += x;
     }
@@ -339,12 +353,19 @@ struct Cells {  // a sequence's cells in one layer
     }
 };
 
-template <class Q, class Cell>
+template <class Cell>
+inline void prefetch(const Cell* p, int64_t count) {  // into the second-level cache
+    for (int64_t i = 0; i < count; i += 64 / sizeof(Cell)) __builtin_prefetch(p + i, 0, 2);
+}
+
+// `after(cells)` names the first cells that the thread will want next, and their number: they are fetched meanwhile. The
+// hardware does not foresee them, for a page may lie anywhere.
+template <class Q, class Cell, class After>
 void attend_span(const Heads& h, const Q* q, int64_t q_stride, const Cells<Cell>& cells, int64_t key_at, int64_t value_at,
-                 int64_t begin, int64_t end, Rows& rows, int64_t stride) {
+                 int64_t begin, int64_t end, Rows& rows, int64_t stride, After after) {
     alignas(64) float s[BLOCK * TILE];
     alignas(64) Q narrowed[std::is_same<Q, bf16>::value ? BLOCK * TILE : 1];
-    const Cell *keys[TILE], *values[TILE];
+    const Cell *keys[TILE], *values[TILE], *ahead[TILE];
     const int width = h.plain + h.rotary;
     rows.clear(stride);
     for (int64_t from = begin; from < end; from += TILE) {
@@ -352,17 +373,24 @@ void attend_span(const Heads& h, const Q* q, int64_t q_stride, const Cells<Cell>
         cells.find(from, count, keys);
         for (int c = count; c < padded; c++) keys[c] = keys[c - 1];  // stands in for what is not there; its weight is 0
         for (int c = 0; c < padded; c++) values[c] = keys[c] + value_at, keys[c] += key_at;
+        int coming = std::min<int64_t>(TILE, end - from - count), fetched = 0;
+        if (coming) cells.find(from + count, coming, ahead);
+        else coming = after(ahead);
         for (int r = 0; r < rows.count; r += ROWS)
             in_registers(rows.count - r, [&](auto height) {
-                for (int c = 0; c < padded; c += CELLS)
+                for (int c = 0; c < padded; c += CELLS) {
+                    for (const int until = std::min(coming, fetched + CELLS); fetched < until; fetched++) {
+                        prefetch(ahead[fetched] + key_at, width);
+                        if (value_at >= key_at + width) prefetch(ahead[fetched] + value_at, h.value);
+                    }
                     score<height.value>(q + r * q_stride, q_stride, keys + c, width, s + r * TILE + c);
+                }
             });
         for (int r = 0; r < rows.count; r++) {
             const int seen = std::min<int64_t>(count, rows.limit[r] - from);
             if (seen > 0) weigh(s + r * TILE, seen, h.scale * LOG2_E, rows.top[r], rows.sum[r], rows.out + r * stride, stride);
             for (int c = std::max(seen, 0); c < padded; c++) s[r * TILE + c] = 0;
-            if constexpr (std::is_same<Q, bf16>::value)
-                for (int c = 0; c < padded; c++) narrow(s[r * TILE + c], narrowed[r * TILE + c]);
+            if constexpr (std::is_same<Q, bf16>::value) narrow_tile(s + r * TILE, narrowed + r * TILE);
         }
         const Q* p = narrowed;
         if constexpr (std::is_same<Q, float>::value) p = s;
@@ -442,6 +470,9 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
     for (int64_t i = blocks - 1; i >= 0; i--)        // a prompt's last block is its longest: first
         for (int64_t span = 0; span < (apart ? items[i].spans : 1); span++) units.push_back({i, apart ? span : -1});
 
+    auto cells_of = [&](const Item& item) {
+        return Cells<Cell>{layer, b.table + item.sequence * b.table_stride, b.page_size, h.cell};
+    };
     auto finish = [&](const Item& item, const Rows& rows) {
         for (int64_t r = 0; r < item.count; r++) {
             const int64_t token = b.starts[item.sequence] + (item.first + r) / share;
@@ -470,12 +501,22 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
             rotate(h, static_cast<const From*>(rotary.data) + token * rotary.token + head * rotary.head, rope + token * h.rotary,
                    row + h.plain);
         }
-        const Cells<Cell> cells{layer, b.table + item.sequence * b.table_stride, b.page_size, h.cell};
+        const Cells<Cell> cells = cells_of(item);
         const int64_t key_at = h.key_at + item.group * h.key_step, value_at = h.value_at + item.group * h.value_step;
         const int64_t end = part.limit[item.count - 1];
+        auto after = [&](const Cell** to) -> int {
+            if (unit + 1 == int64_t(units.size())) return 0;
+            const auto [next, next_span] = units[unit + 1];
+            const int64_t begin = std::max<int64_t>(next_span, 0) * items[next].span;
+            const int64_t limit = b.contexts[items[next].sequence] + (items[next].first + items[next].count - 1) / share + 1;
+            const int count = std::min<int64_t>(TILE, limit - begin);
+            cells_of(items[next]).find(begin, count, to);
+            for (int c = 0; c < count; c++) to[c] += (items[next].group - item.group) * h.key_step;
+            return count;
+        };
         auto one = [&](int64_t index, Rows& rows) {
             attend_span(h, q, q_stride, cells, key_at, value_at, index * item.span, std::min(end, (index + 1) * item.span), rows,
-                        stride);
+                        stride, after);
         };
         if (span >= 0) {
             part.out = spread_out.data() + (item.first_part + span) * BLOCK * stride;
