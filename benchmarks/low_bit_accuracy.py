@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from jevons.bench.ours import pack_weights
-from jevons.bench.workload import BenchError
+from jevons.model.pack import KINDS, pack
 from jevons.reason.evaluate import evaluate, paired_interval
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import load_checkpoint
@@ -33,18 +32,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    kinds = ["bf16", *args.weights.split(",")]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise SystemExit(f"--weights {unknown[0]} is not a kind of weights; {', '.join(KINDS)} are")
     torch.set_num_threads(Runtime.detect("cpu").threads)
     right: dict[str, list[float]] = {}
     records = []
-    for kind in ["bf16", *args.weights.split(",")]:
-        begin, loaded = time.perf_counter(), load_checkpoint(args.checkpoint, dtype=torch.bfloat16)
+    for kind in kinds:
+        begin, loaded = time.perf_counter(), load_checkpoint(args.checkpoint, frozen=True)
         if not loaded.provenance.get("task"):
             raise SystemExit(f"{args.checkpoint} does not say which task it was trained on; one that `jevons up` left would")
         task = load_task(loaded.provenance["task"]["name"], loaded.provenance["task"]["args"])
-        try:
-            model = loaded.model if kind == "bf16" else pack_weights(loaded.model, kind)
-        except BenchError as error:
-            raise SystemExit(str(error)) from None
+        model = pack(loaded.model, kind, Runtime.detect("cpu").dtype)  # as `jevons serve --weights` does
         result, right[kind] = evaluate(model, loaded.tokenizer, task, args.n, args.seed, args.max_tokens,
                                        max_batch=args.max_batch)
         mean, low, high = paired_interval(right["bf16"], right[kind])

@@ -482,10 +482,9 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
 # -- what the machine can do ------------------------------------------------------------------------------------------
 
 
-def test_the_machines_rates():
-    from jevons.bench.machine import gemm_rate, read_rate
+def test_the_machines_rate():
+    from jevons.bench.machine import gemm_rate
 
     before = torch.get_num_threads()
-    for rate, threads in (read_rate([1], 2**24, 1), gemm_rate([1], 64, torch.float32, 1)):
-        assert rate > 0 and threads == 1
-    assert torch.get_num_threads() == before
+    rate, threads = gemm_rate([1], 64, torch.float32, 1)
+    assert rate > 0 and threads == 1 and torch.get_num_threads() == before

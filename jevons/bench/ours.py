@@ -17,7 +17,10 @@ from jevons.bench.workload import Answer, BenchError, Job, Stepper, median, rand
 from jevons.engine.engine import Engine
 from jevons.engine.types import Request, SamplingParams
 from jevons.model import KVCache, build_meta
+from jevons.model.pack import pack
+from jevons.numerics.kernels import read_rate
 from jevons.plan import kv_bytes_per_token
+from jevons.runtime import Runtime
 from jevons.store.checkpoint import load_checkpoint
 
 NEVER = -1  # an eos that no model produces: answers have the length that was asked for
@@ -50,11 +53,11 @@ class Jevons:
     def __init__(self, checkpoint: Path, weights: str, threads: int):
         torch.set_num_threads(threads)
         self.checkpoint, self.weights, self.threads = checkpoint, weights, threads
-        dtype = torch.float32 if weights == "float32" else torch.bfloat16
-        loaded = load_checkpoint(checkpoint, dtype=dtype, need_tokenizer=False)
+        packed = weights != "float32"
+        loaded = load_checkpoint(checkpoint, need_tokenizer=False, frozen=packed)
         self.model, self.tokenizer, self.provenance = loaded.model, loaded.tokenizer, loaded.provenance
-        if weights not in ("float32", "bf16"):
-            self.model = pack_weights(self.model, weights)
+        if packed:  # as `jevons serve --weights` does
+            pack(self.model, weights, Runtime.detect("cpu").dtype)
         self._engine: tuple[Any, Engine | None] = (None, None)
 
     def describe(self) -> dict[str, Any]:
@@ -83,6 +86,10 @@ class Jevons:
 
     def run(self, what: str, jobs: Sequence[Job], settings: dict[str, Any]) -> list[Answer]:
         return run_all(self.stepper(jobs, settings, what), jobs)
+
+    def machine(self) -> dict[str, Any]:
+        rate, threads = read_rate()
+        return {"read_gb_per_second": rate / 1e9, "read_threads": threads}
 
     # -- the prefix cache ---------------------------------------------------------------------------------------------
 
@@ -201,12 +208,3 @@ def _decode(engine: Engine, job: Job) -> tuple[list[int], float, int]:
         ids += [e.token_id for e in engine.step() if e.token_id is not None]
         begin = begin or (time.perf_counter() if ids else 0.0)
     return ids, time.perf_counter() - begin, passes
-
-
-def pack_weights(model: Any, kind: str) -> Any:
-    """The model with its projections packed. Raises BenchError where this version cannot."""
-    try:
-        from jevons.model.pack import pack
-    except ImportError:
-        raise BenchError(f"weights {kind}: this version packs no weights; float32 or bf16 would be right") from None
-    return pack(model, kind) or model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jevons.bench.models import BUILT_IN, WEIGHTS, find_gguf, find_model, weight_bytes
-from jevons.bench.sides import counts, installed
+from jevons.bench.sides import installed
 from jevons.bench.worker import SIDES, Worker, pack_jobs
 from jevons.bench.workload import ANSWER, OFFLINE, PROMPT, BenchError, Job, random_jobs, random_prompt, summary
 from jevons.config import ModelConfig
@@ -124,7 +124,7 @@ def run(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
         sides = {name: worker.about for name, worker in workers.items()} | {n: {"absent": why} for n, why in absent.items()}
         machine = {"cpu": runtime.cpu, "cores": runtime.threads, "memory_gib": runtime.memory_gib, "threads": threads}
         if "single" in measures:
-            machine |= workers["jevons"].ask("machine", threads=counts(threads))
+            machine |= workers["jevons"].ask("machine")
             _bandwidth(measures["single"], weight_bytes(config, options.weights), machine["read_gb_per_second"])
     total = count_parameters(config)
     model = {"name": options.model, "random": options.model in BUILT_IN, "architecture": config.architecture,

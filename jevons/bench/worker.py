@@ -139,12 +139,6 @@ class Answering:
         return found | {"requests": count, "requests_per_second": rate, "capacity_requests_per_second": capacity,
                         "unloaded_inter_token_ms": unloaded, "p99_over_unloaded": found["inter_token_p99_ms"] / unloaded}
 
-    def machine(self, threads: list[int]) -> dict[str, Any]:
-        from jevons.bench.machine import read_rate
-
-        rate, best = read_rate(threads)
-        return {"read_gb_per_second": rate, "read_threads": best}
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.side, name)  # what only one side is asked for
 
