@@ -103,23 +103,25 @@ class ExpertTable:
         return self.array is not None
 
     def _build(self, gate_up: Any, down: Any, dtype: torch.dtype) -> None:
-        self.array, self.kinds, self.strides = None, (), (0, 0, 0)
+        """Two threads may build at once, one while the other uses what it built: nothing is unset on the way."""
+        strides = (0, 0, 0)
         if isinstance(down, torch.Tensor) and down.dim() == 3:
-            pairs, self.count = [(gate_up[0], down[0])], len(down)
-            self.strides = (gate_up.stride(0) * gate_up.itemsize,) * 2 + (down.stride(0) * down.itemsize,)
+            pairs, count = [(gate_up[0], down[0])], len(down)
+            strides = (gate_up.stride(0) * gate_up.itemsize,) * 2 + (down.stride(0) * down.itemsize,)
         else:
             pairs = list(zip(gate_up, down, strict=True)) if isinstance(down, list) else [(gate_up, down)]
-            self.count = len(pairs)
+            count = len(pairs)
         rows = []
         for both, last in pairs:
             gate, up = both.parts if hasattr(both, "parts") else halves(both)
             rows.append([None if w is None else handle(w, dtype) for w in (gate, up, last)])
-        if not all(w for row in rows for w in row):
-            return
-        kinds = {(g.kind, g.group, u.kind, u.group, d.kind, d.group) for g, u, d in rows}
-        first = kinds.pop()
-        if not kinds and first[:2] == first[2:4]:
-            self.array, self.kinds = (CExpert * len(rows))(*(CExpert(*row) for row in rows)), first
+        array, kinds = None, ()
+        if all(w for row in rows for w in row):
+            found = {(g.kind, g.group, u.kind, u.group, d.kind, d.group) for g, u, d in rows}
+            first = found.pop()
+            if not found and first[:2] == first[2:4]:
+                array, kinds = (CExpert * len(rows))(*(CExpert(*row) for row in rows)), first
+        self.strides, self.count, self.kinds, self.array = strides, count, kinds, array
 
 
 def _identity(weights: Any) -> Any:
