@@ -97,7 +97,8 @@ def ours(checkpoint: Path, args: argparse.Namespace) -> list[dict[str, float]]:
             seconds, parts = time.perf_counter() - begin, watch.take()
             rollouts = objective._rollouts
             steps.append({"step": seconds, **parts, "update": seconds - parts["rollouts"],
-                          "tokens": sum(e.tokens for e in rollouts.all), "trained_on": sum(map(len, rollouts.groups))})
+                          "tokens": sum(e.tokens for e in rollouts.all), "trained_on": sum(map(len, rollouts.groups)),
+                          "right": statistics.mean(e.reward.correct == 1.0 for e in rollouts.all)})
     return steps[1:]
 
 
@@ -109,6 +110,7 @@ def theirs(checkpoint: Path, args: argparse.Namespace, settings: dict[str, Any],
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(settings["threads"])
     task, tokenizer = task_of(checkpoint), Tokenizer.load(checkpoint)
     rng, render = random.Random(f"trl {args.seed}"), tokenizer.renderer()
@@ -121,10 +123,13 @@ def theirs(checkpoint: Path, args: argparse.Namespace, settings: dict[str, Any],
     if "experts" in settings:
         model.set_experts_implementation(settings["experts"])
     lengths: list[int] = []
+    rewards: list[float] = []
 
     def reward(completions: list[str], index: list[int], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        scores = [float(task.score(problems[i], c).correct == 1.0) for i, c in zip(index, completions, strict=True)]
         lengths.append(sum(map(len, completion_ids)))
-        return [float(task.score(problems[i], c).correct == 1.0) for i, c in zip(index, completions, strict=True)]
+        rewards.append(sum(scores) / len(scores))
+        return scores
 
     sequences, watch, ends = args.problems * args.group_size, Stopwatch(), []
 
@@ -135,7 +140,7 @@ def theirs(checkpoint: Path, args: argparse.Namespace, settings: dict[str, Any],
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds, parts = time.perf_counter() - self.begin, watch.take()
             ends.append({"step": seconds, **parts, "update": seconds - parts["rollouts"], "tokens": lengths[-1],
-                         "trained_on": sequences})
+                         "trained_on": sequences, "right": rewards[-1]})
 
     with tempfile.TemporaryDirectory() as directory:
         config = GRPOConfig(output_dir=directory, use_cpu=True, bf16=settings["bf16"], num_generations=args.group_size,
@@ -149,6 +154,7 @@ def theirs(checkpoint: Path, args: argparse.Namespace, settings: dict[str, Any],
         trainer = GRPOTrainer(model, reward, config, train_dataset=data, processing_class=text, callbacks=[Clock()])
         trainer._generate_and_score_completions = watch.around("rollouts", trainer._generate_and_score_completions)
         trainer._generate_single_turn = watch.around("of these, generate", trainer._generate_single_turn)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return ends[1:]
 
@@ -181,10 +187,10 @@ def child(side: str, args: argparse.Namespace, settings: dict[str, Any] | None =
 
 def show(name: str, steps: list[dict[str, float]]) -> dict[str, float]:
     middle = {key: statistics.median(s[key] for s in steps) for key in steps[0]}
-    parts = ", ".join(f"{key} {middle[key]:.2f}" for key in middle if key not in ("step", "tokens", "trained_on"))
+    parts = ", ".join(f"{key} {middle[key]:.2f}" for key in middle if key not in ("step", "tokens", "trained_on", "right"))
     spread = f"{min(s['step'] for s in steps):.2f} to {max(s['step'] for s in steps):.2f}"
     print(f"{name:<8} step {middle['step']:.2f} s ({spread}): {parts}; {middle['tokens']:.0f} tokens written, "
-          f"{middle['trained_on']:.0f} sequences trained on")
+          f"{middle['right']:.0%} of answers right, {middle['trained_on']:.0f} sequences trained on")
     return middle
 
 

@@ -214,12 +214,19 @@ def test_a_built_in_model_is_made_once(tmp_path, monkeypatch):
     said = []
     path, config = find_model("small", tmp_path, said.append)
     assert len(said) == 1 and (path / "model.safetensors").is_file()
-    first, again = find_gguf(path, config, "int8", tmp_path, said.append), find_gguf(path, config, "int8", tmp_path, said.append)
+    first, again = (find_gguf(path, "int8", tmp_path, said.append) for _ in range(2))
     assert first[0] == again[0] and first[0].name == "random-small-q8_0.gguf" and len(said) == 2
     assert "no MTP module" in first[1][-1]
     assert find_model("small", tmp_path, said.append)[0] == path and len(said) == 2
     monkeypatch.setitem(BUILT_IN, "small", lambda: nano(vocab_size=352))
     assert find_model("small", tmp_path, said.append)[1].vocab_size == 352 and len(said) == 3, "another shape: made anew"
+
+
+def test_a_checkpoints_gguf_is_made_anew(tmp_path):
+    said = []
+    path = checkpoint(tmp_path / "c", qwen2(vocab_size=320))
+    assert [find_gguf(path, "bf16", tmp_path, said.append) for _ in range(2)] == [(tmp_path / "c-f16.gguf", [])] * 2
+    assert len(said) == 2, "what lies there may be of other weights"
 
 
 def test_a_random_model_is_far_from_uniform(tmp_path):
@@ -256,7 +263,7 @@ def test_sides_agree_with_the_network(tmp_path, make):
     if "JEVONS_LLAMA_CPP" in os.environ:
         from jevons.bench.sides import LlamaCppSide
 
-        gguf = find_gguf(path, config, "float32", tmp_path, lambda line: None)[0]
+        gguf = find_gguf(path, "float32", tmp_path, lambda line: None)[0]
         sides["llama.cpp"] = (LlamaCppSide(gguf, "float32", 1), {"threads": 1, "slots": 2})
     for name, (side, chosen) in sides.items():
         answers = side.run("offline", jobs, chosen)

@@ -73,16 +73,16 @@ def _mark(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     return {"config": config.to_hf(), "seed": seed}
 
 
-def find_gguf(checkpoint: Path, config: ModelConfig, weights: str, directory: Path, say: Callable[[str], None],
-              ) -> tuple[Path, list[str]]:
-    """The checkpoint as llama.cpp reads it, in the precision that goes with `weights`: (file, what it leaves out).
-    A built-in model's file is kept in `directory`. Raises ConvertError, CheckpointError."""
+def find_gguf(checkpoint: Path, weights: str, directory: Path, say: Callable[[str], None]) -> tuple[Path, list[str]]:
+    """The checkpoint as llama.cpp reads it, in the precision that goes with `weights`: (file in `directory`, what it leaves
+    out). One made before of a model made here is taken as it is. Raises ConvertError, CheckpointError."""
+    from jevons.store.checkpoint import read_provenance
     from jevons.store.convert import convert
 
     kind = WEIGHTS[weights]
     path = directory / f"{checkpoint.resolve().name}-{kind}.gguf"
-    built_in = checkpoint.parent == directory
-    if built_in and path.is_file() and path.stat().st_mtime > (checkpoint / "provenance.json").stat().st_mtime:
+    made = "bench" in read_provenance(checkpoint)
+    if made and path.is_file() and path.stat().st_mtime > (checkpoint / "provenance.json").stat().st_mtime:
         return path, []
     say(f"converting to {path}")
     return path, convert(checkpoint, "gguf", path, kind, force=True).notes

@@ -76,6 +76,8 @@ class Jevons:
         longest = max(len(job.prompt) + job.tokens for job in jobs)
         wanted = dict(max_batch=batch, max_len=longest + 1, max_waiting=10**6) | features
         if self._engine[0] != (eos, wanted):
+            if self._engine[1] is not None:
+                self._engine[1].close()
             self._engine = (None, None)  # its cache's memory first
             self._engine = ((eos, wanted), Engine(self.model, eos, **wanted))
         return self._engine[1]

@@ -119,7 +119,7 @@ def run(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
         checkpoint, config = find_model(options.model, directory, say)
         for what in options.what:  # a length that does not fit is said before anything is loaded
             prompt_tokens(config, options) if what == "prefix" else jobs_of(what, config, options)
-        workers = dict(_open(options, peers, checkpoint, config, threads, directory, absent, stack, say))
+        workers = dict(_open(options, peers, checkpoint, threads, directory, absent, stack, say))
         measures = {what: _measure(what, workers, config, options, say) for what in options.what}
         sides = {name: worker.about for name, worker in workers.items()} | {n: {"absent": why} for n, why in absent.items()}
         machine = {"cpu": runtime.cpu, "cores": runtime.threads, "memory_gib": runtime.memory_gib, "threads": threads}
@@ -133,15 +133,15 @@ def run(options: Options, say: Say = lambda line: None) -> dict[str, Any]:
     return {"machine": machine, "model": model, "sides": sides, "seed": options.seed, "measures": measures}
 
 
-def _open(options: Options, peers: Sequence[str], checkpoint: Path, config: ModelConfig, threads: int, directory: Path,
-          absent: dict[str, str], stack: contextlib.ExitStack, say: Say) -> Iterator[tuple[str, Worker]]:
+def _open(options: Options, peers: Sequence[str], checkpoint: Path, threads: int, directory: Path, absent: dict[str, str],
+          stack: contextlib.ExitStack, say: Say) -> Iterator[tuple[str, Worker]]:
     """The sides that open, ours first; why another does not is put into `absent`."""
     for side in ("jevons", *peers):
         say(f"{side}: loading")
         try:
             path, notes = checkpoint, []
             if side == "llama.cpp":
-                path, notes = find_gguf(checkpoint, config, options.weights, directory, say)
+                path, notes = find_gguf(checkpoint, options.weights, directory, say)
             worker = stack.enter_context(contextlib.closing(Worker(side, path, options.weights, threads)))
             worker.about |= {"notes": notes} if notes else {}
             yield side, worker
