@@ -551,8 +551,17 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
     }
 }
 
+// The norm's weight, float32 or bf16.
+struct Norm {
+    const void* weight;
+    int type;
+    float at(int64_t i) const {
+        return type ? widen(static_cast<const bf16*>(weight)[i]) : static_cast<const float*>(weight)[i];
+    }
+};
+
 template <class From, class Cell>
-void store(const Heads& h, const Batch& b, View values, View rotary, const From* norm, const float* rope, Cell* layer) {
+void store(const Heads& h, const Batch& b, View values, View rotary, Norm norm, const float* rope, Cell* layer) {
     const int64_t tokens = b.starts[b.sequences], width = h.groups * h.value;
 #pragma omp parallel for if (tokens * h.cell > 65536)
     for (int64_t s = 0; s < b.sequences; s++)
@@ -564,7 +573,7 @@ void store(const Heads& h, const Batch& b, View values, View rotary, const From*
             for (int64_t g = 0; g < h.groups; g++)
                 rotate(h, static_cast<const From*>(rotary.data) + token * rotary.token + g * rotary.head, rope + token * h.rotary,
                        cell + h.key_at + g * h.key_step + h.plain);
-            if (!norm) {
+            if (!norm.weight) {
                 copy(from, cell + h.value_at, width);
                 continue;
             }
@@ -573,7 +582,7 @@ void store(const Heads& h, const Batch& b, View values, View rotary, const From*
             for (; i + LANES <= width; i += LANES) squares += load(from + i) * load(from + i);
             if (i < width) squares += load_part(from + i, width - i) * load_part(from + i, width - i);
             const float factor = 1 / std::sqrt(sum_lanes(squares) / width + h.epsilon);
-            for (i = 0; i < width; i++) narrow(widen(from[i]) * factor * widen(norm[i]), cell[h.value_at + i]);
+            for (i = 0; i < width; i++) narrow(widen(from[i]) * factor * norm.at(i), cell[h.value_at + i]);
         }
 }
 
@@ -582,17 +591,16 @@ void store(const Heads& h, const Batch& b, View values, View rotary, const From*
 // Both return 0, or 1 (and do nothing) where the table leads outside the cache. Types are 0 for float32, 1 for bf16. `values` are a cell's values, all groups' one after the other; with `norm` they are
 // first divided by their root mean square and multiplied by it. `rope` is [tokens, 2, rotary / 2].
 extern "C" int paged_store(const paged::Heads* h, const paged::Batch* b, int from_type, void* values, int64_t values_token,
-                           void* rotary, int64_t rotary_token, int64_t rotary_head, const void* norm, const float* rope,
-                           int cell_type, void* layer, int64_t pages) {
+                           void* rotary, int64_t rotary_token, int64_t rotary_head, int norm_type, const void* norm,
+                           const float* rope, int cell_type, void* layer, int64_t pages) {
     using namespace paged;
     if (!pages_exist(*b, pages)) return 1;
     const View v{values, values_token, 0}, r{rotary, rotary_token, rotary_head};
-    const float* wide = static_cast<const float*>(norm);
-    const bf16* half = static_cast<const bf16*>(norm);
-    if (from_type == 0 && cell_type == 0) store<float, float>(*h, *b, v, r, wide, rope, static_cast<float*>(layer));
-    if (from_type == 0 && cell_type == 1) store<float, bf16>(*h, *b, v, r, wide, rope, static_cast<bf16*>(layer));
-    if (from_type == 1 && cell_type == 0) store<bf16, float>(*h, *b, v, r, half, rope, static_cast<float*>(layer));
-    if (from_type == 1 && cell_type == 1) store<bf16, bf16>(*h, *b, v, r, half, rope, static_cast<bf16*>(layer));
+    const Norm n{norm, norm_type};
+    if (from_type == 0 && cell_type == 0) store<float, float>(*h, *b, v, r, n, rope, static_cast<float*>(layer));
+    if (from_type == 0 && cell_type == 1) store<float, bf16>(*h, *b, v, r, n, rope, static_cast<bf16*>(layer));
+    if (from_type == 1 && cell_type == 0) store<bf16, float>(*h, *b, v, r, n, rope, static_cast<float*>(layer));
+    if (from_type == 1 && cell_type == 1) store<bf16, bf16>(*h, *b, v, r, n, rope, static_cast<bf16*>(layer));
     return 0;
 }
 
