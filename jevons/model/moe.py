@@ -15,6 +15,7 @@ from jevons.config import ModelConfig
 from jevons.model.attention import Segments
 from jevons.model.layers import MLP, Fetch, HFView, packed_views
 from jevons.numerics import Rows, grouped_linear
+from jevons.numerics.gate import choose
 
 ALIGN = 32
 
@@ -54,9 +55,17 @@ class Gate(nn.Module):
         `real_N` (float32) is 0 on padding.
         """
         c = self.config
-        with torch.autocast(x_ND.device.type, enabled=False):
-            scores = F.linear(x_ND.float(), self.weight.float())
-            scores = scores.sigmoid() if c.scoring_func == "sigmoid" else scores.softmax(-1)
+        if torch.is_autocast_enabled(x_ND.device.type):
+            with torch.autocast(x_ND.device.type, enabled=False):
+                scores = self._scores(x_ND)
+        else:
+            scores = self._scores(x_ND)
+        if segments is None and real_N is None:
+            bias = self.e_score_correction_bias if c.has_router_bias else None
+            chosen = choose(scores, bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob,
+                            c.routed_scaling_factor)
+            if chosen is not None:
+                return Routing(*chosen, chosen[2].float(), scores.new_zeros(()))
         with torch.no_grad():
             choice = scores + self.e_score_correction_bias if c.has_router_bias else scores
             if c.n_group > 1:
@@ -76,6 +85,10 @@ class Gate(nn.Module):
         weights = weights * c.routed_scaling_factor
         balance = self._balance(scores, segments, real_N) if segments else scores.new_zeros(())
         return Routing(experts, weights, rows, load, balance)
+
+    def _scores(self, x_ND: torch.Tensor) -> torch.Tensor:
+        scores = F.linear(x_ND.float(), self.weight.float())
+        return scores.sigmoid() if self.config.scoring_func == "sigmoid" else scores.softmax(-1)
 
     def _balance(self, scores_NE: torch.Tensor, segments: Segments, real_N: torch.Tensor | None) -> torch.Tensor:
         """Sum over experts of f_i P_i, averaged over rows; f counts the unbiased top K."""
