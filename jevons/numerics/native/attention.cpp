@@ -81,6 +81,7 @@ constexpr int TILE = 64;     // cells between two looks at the running maximum
 constexpr int BLOCK = 64;    // rows of one pass
 constexpr int SPAN = 512;    // cells of a span; longer contexts have longer ones, MAX_SPANS at most
 constexpr int MAX_SPANS = 16;
+constexpr int64_t ALONE = 1 << 20;  // products up to which waking another thread costs more than it gives
 constexpr float LOG2_E = 1.44269504f;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
@@ -449,9 +450,10 @@ template <class From, class Q, class Cell>
 void attend(const Heads& h, const Batch& b, View plain, View rotary, const float* rope, const Cell* layer, View to) {
     const int64_t share = h.heads / h.groups, stride = round_up(h.value, 32), q_stride = round_up(h.plain + h.rotary, 32);
     std::vector<Item> items;
-    int64_t parts = 0;
+    int64_t parts = 0, products = 0;
     for (int64_t s = 0; s < b.sequences; s++) {
         const int64_t queries = b.starts[s + 1] - b.starts[s], rows = queries * share, total = b.contexts[s] + queries;
+        products += rows * h.groups * total * (h.plain + h.rotary + h.value);
         const int64_t span = std::max<int64_t>(SPAN, round_up((total + MAX_SPANS - 1) / MAX_SPANS, TILE));
         for (int64_t g = 0; g < h.groups; g++)
             for (int64_t first = 0; first < rows; first += BLOCK) {
@@ -540,7 +542,7 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
     };
 
     const int64_t count = units.size();
-#pragma omp parallel for schedule(dynamic) if (count > 1)
+#pragma omp parallel for schedule(dynamic) if (count > 1 && products > ALONE)
     for (int64_t unit = 0; unit < count; unit++) run(unit);
     if (!apart) return;
 #pragma omp parallel for schedule(dynamic)
@@ -560,15 +562,21 @@ struct Norm {
     }
 };
 
+constexpr int AHEAD = 8;  // sequences whose cells are fetched before they are written
+
 template <class From, class Cell>
 void store(const Heads& h, const Batch& b, View values, View rotary, Norm norm, const float* rope, Cell* layer) {
     const int64_t tokens = b.starts[b.sequences], width = h.groups * h.value;
-#pragma omp parallel for if (tokens * h.cell > 65536)
+    auto cell_of = [&](int64_t s, int64_t token) {
+        const int64_t position = b.contexts[s] + token - b.starts[s];
+        const int64_t page = b.table[s * b.table_stride + position / b.page_size];
+        return layer + (page * b.page_size + position % b.page_size) * h.cell;
+    };
+#pragma omp parallel for if (tokens * h.cell > ALONE)
     for (int64_t s = 0; s < b.sequences; s++)
         for (int64_t token = b.starts[s]; token < b.starts[s + 1]; token++) {
-            const int64_t position = b.contexts[s] + token - b.starts[s];
-            const int64_t page = b.table[s * b.table_stride + position / b.page_size];
-            Cell* cell = layer + (page * b.page_size + position % b.page_size) * h.cell;
+            Cell* cell = cell_of(s, token);
+            if (s + AHEAD < b.sequences) prefetch(cell_of(s + AHEAD, b.starts[s + AHEAD]), h.cell);
             const From* from = static_cast<const From*>(values.data) + token * values.token;
             for (int64_t g = 0; g < h.groups; g++)
                 rotate(h, static_cast<const From*>(rotary.data) + token * rotary.token + g * rotary.head, rope + token * h.rotary,
