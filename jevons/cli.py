@@ -21,6 +21,8 @@ ThinkingOption = Annotated[int | None, typer.Option(
     "--max-thinking-tokens", min=0, help="a longer thought is closed, and the answer comes; a request may say otherwise")]
 ClosingOption = Annotated[str | None, typer.Option(
     "--closing-words", help="what a thought that is closed early ends with (default: what its task says, else nothing)")]
+WeightsOption = Annotated[str | None, typer.Option(
+    "--weights", help="hold weights as bf16, int8, fp8 or int4 (default: as they are stored)")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")]
 
 
@@ -59,7 +61,8 @@ def evaluate(checkpoint: CheckpointArgument,
              max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 512,
              as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
              dump: Annotated[Path | None, typer.Option(
-                 "--dump", help="write prompts and full answers, one JSON object a line")] = None) -> None:
+                 "--dump", help="write prompts and full answers, one JSON object a line")] = None,
+             weights: WeightsOption = None) -> None:
     """pass@1, pass@k, cons@k and thinking length on problems never trained on, with 95 % intervals."""
     from jevons.terminal.checkpoint import evaluate_checkpoint
 
@@ -68,7 +71,7 @@ def evaluate(checkpoint: CheckpointArgument,
     samples = votes or samples
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump)
+    evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump, weights)
 
 
 @app.command()
@@ -78,23 +81,31 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           dollars_per_hour: Annotated[float, typer.Option("--dollars-per-hour", min=0, help="what this machine costs")] = 0.10,
           allow_host: Annotated[list[str] | None, typer.Option("--allow-host", help="further Host names to accept")] = None,
           api_key: Annotated[str | None, typer.Option("--api-key", envvar="JEVONS_API_KEY", help="require this key")] = None,
-          max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None) -> None:
+          max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None, weights: WeightsOption = None,
+          speculate: Annotated[int | None, typer.Option(
+              "--speculate", min=0, max=8, help="tokens that the MTP module drafts a pass (default: what pays here)")] = None,
+          disk_cache: Annotated[Path | None, typer.Option(
+              "--disk-cache", help="keep the cached prefixes of prompts in this directory, over restarts")] = None,
+          disk_gib: Annotated[float, typer.Option("--disk-gib", min=0.001, help="at most so much of it")] = 4.0,
+          deterministic: Annotated[bool, typer.Option(
+              "--deterministic", help="the same text to the bit in any company; slower, no prefix cache, no drafts")] = False,
+          ) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal.checkpoint import serve_checkpoint
 
     serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key,
-                     max_thinking_tokens, closing_words)
+                     max_thinking_tokens, closing_words, weights, speculate, disk_cache, disk_gib, deterministic)
 
 
 @app.command()
 def chat(checkpoint: CheckpointArgument,
          temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.6,
          max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024,
-         max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None) -> None:
+         max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None, weights: WeightsOption = None) -> None:
     """Talk to a checkpoint in the terminal; its thoughts stream dimmed, and Ctrl-C in one asks for the answer."""
     from jevons.terminal.talk import chat_with
 
-    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens, closing_words)
+    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens, closing_words, weights)
 
 
 @app.command()

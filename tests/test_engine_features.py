@@ -279,18 +279,35 @@ def test_an_endless_repetition_is_ended():
 
 
 def test_deterministic_is_the_same_to_the_bit_in_any_company():
-    model = lively(random.choice([nano(), qwen2()]))
-    asked = sampled(prompt=random_ids(70), max_tokens=25)
+    model = lively(random.choice([nano, qwen2])(max_position_embeddings=1024))
+    asked = sampled(prompt=random_ids(CHUNK + 70), max_tokens=25)
     seen = set()
     for batch, others in ((1, 0), (3, 4), (5, 9)):
-        crowd = [sampled(max_tokens=random.randint(1, 30)) for _ in range(others)]
+        crowd = [sampled(prompt=random_ids(random.choice([3, 40, 700])), max_tokens=random.randint(1, 30)) for _ in range(others)]
         mine = Request(asked.prompt_ids, asked.params)
         crowd.insert(random.randint(0, others), mine)
-        engine = engine_of(model, max_batch=batch, max_len=128, deterministic=True, prefix_cache=True, speculate=2)
+        engine = engine_of(model, max_batch=batch, max_len=1024, deterministic=True, prefix_cache=True, speculate=2)
         done = {c.request_id: c for c in engine.generate(crowd)}[mine.request_id]
         seen.add((tuple(done.token_ids), tuple(done.logprobs)))
     assert len(seen) == 1
     explain(model, asked, done.token_ids)
+    with pytest.raises(ValueError, match="pages 5"):
+        engine_of(model, pages=5, deterministic=True)
+
+
+def test_every_core_decodes_its_share(monkeypatch):
+    """With many rows of a small model the cores split them; each token is still its own seed's."""
+    monkeypatch.setattr("jevons.engine.engine.SHARED", 4)
+    model = lively(nano())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        engine = engine_of(model, max_batch=9)
+        requests = [sampled(max_tokens=random.randint(1, 25)) for _ in range(14)]
+        for asked, done in zip(requests, engine.generate(requests), strict=True):
+            explain(model, asked, done.token_ids, done.logprobs)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("make,dtype", [(nano, torch.float32), (qwen2, torch.bfloat16)])

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import socket
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,6 +14,9 @@ from test_serve_live import in_thread
 
 from jevons.chat import ASSISTANT, END_THINK, THINK, ChatError, Renderer, TemplateRenderer, count_votes, final_answer
 from jevons.engine.types import Usage
+from jevons.serve.schema import ChatRequest
+from jevons.tasks.countdown import Countdown
+from jevons.terminal.beside import words_of
 
 LONG = "thinking about it " * 50 + "</think>\ndone"
 CLOSE = "\n</think>\n"
@@ -113,6 +118,17 @@ def test_a_thought_is_closed_as_worked_solutions_are():
     close = renderer.close_thought()
     at = worked.index(tokenizer.special[END_THINK])
     assert worked[at - 1 : at + 2] == close
+
+
+def test_closing_words_are_those_of_thoughts_that_found_nothing():
+    """By a flag, else the task's own, and Countdown's are really how its worked solutions end."""
+    task, rng = Countdown(authors={"hasty": 1.0}), random.Random(random.random())
+    assert [words_of(task, None), words_of(task, "so"), words_of(None, None), words_of(object(), "")] == ["guess", "so", "", ""]
+    problems = [task.sample(rng) for _ in range(60)]
+    ends = {task.trace(problem, rng).partition(END_THINK)[0].splitlines()[-1] for problem in problems}
+    assert {end for end in ends if not end.endswith(" yes")} == {"guess"}
+    with Live(says=LONG, settings={"closing_words": "guess"}) as live:
+        assert texts(live.ask(max_thinking_tokens=8).json()["choices"][0]) == ("thinking\nguess\n", "done")
 
 
 # ---- answer now
@@ -381,6 +397,16 @@ def test_votes_are_counted_as_they_are_by_hand():
 
 
 # ---- what users are told
+
+
+def test_the_documentation_has_every_field(live):
+    text = (Path(__file__).resolve().parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    usage = live.ask(n=2).json()["usage"]
+    votes = live.ask(votes=2).json()["votes"]
+    names = {*ChatRequest.model_fields, *usage, *usage["completion_tokens_details"], *usage["jevons"], *usage["cost"]}
+    names |= live.host.stats.keys()
+    missing = [name for name in names if not re.search(rf"[`.]{name}\b", text)]
+    assert missing == [] and all(f'"{name}"' in text for name in [*votes, *votes["tally"][0]])
 
 
 def test_usage_tells_of_cache_and_drafts():

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,15 @@ from jevons.engine.disk import DiskTier
 from jevons.engine.drafts import Drafts
 from jevons.engine.pages import PagePool
 from jevons.engine.rows import Rows
-from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher
+from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher, in_calls
 from jevons.engine.speculation import Speculation
 from jevons.engine.types import Completion, Request, TokenEvent
 from jevons.model import CausalLM, KVCache, build_meta
 from jevons.plan import count_parameters
 
 PAGE = 32
-SMALL = 8_000_000  # parameters; threads that share a smaller model's decode step on a CPU cost more than they give
+SMALL = 8_000_000  # parameters; threads that share a smaller model's operations on a CPU cost more than they give
+SHARED = 48  # rows of a small model from which every core decodes its share of them by itself
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 CHUNK = 512  # tokens of prompts that run between two tokens of those that decode
 
@@ -55,11 +57,16 @@ class Engine:
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         per_sequence = -(-max_len // PAGE)
         pages = max_batch * per_sequence if pages is None else pages
+        if deterministic and pages < max_batch * per_sequence:
+            raise ValueError(f"pages {pages}: deterministic needs {max_batch * per_sequence}, so that nothing is computed twice")
         pool = PagePool(pages, PAGE, prefix_cache and not deterministic, root)
         self.scheduler = Scheduler(max_batch, max_len, max_waiting, pool)
         self.deterministic, self.patient, self.disk = deterministic, patient, disk if pool.caching else None
         device = model.embed_tokens.weight.device
         self._alone = device.type == "cpu" and count_parameters(model.config).total < SMALL
+        self._cores, self._pool = torch.get_num_threads() if self._alone and not deterministic else 1, None
+        if self._cores > 1:
+            self._pool = ThreadPoolExecutor(self._cores, "decode", initializer=lambda: torch.set_num_threads(1))
         self.cache = KVCache(model.config, pages, PAGE, dtype=cache_dtype, device=device)
         self._caches = [self.cache]
         self.rows, self.device = Rows(max_batch, per_sequence, device), device
@@ -82,17 +89,10 @@ class Engine:
 
     def submit(self, request: Request) -> str:
         """Queue a request; its id. Raises PromptTooLong, QueueFull, or ValueError for parameters that cannot be run."""
-        params, vocab = request.params, self.model.config.vocab_size
-        if not 0 <= params.temperature <= 100 or not 0 < params.top_p <= 1:
-            raise ValueError(f"temperature {params.temperature} must lie in 0..100 and top_p {params.top_p} in (0, 1]")
-        if any(not 0 <= i < vocab for i in request.prompt_ids):
-            raise ValueError(f"a prompt id lies outside the vocabulary of {vocab}")
-        if params.thinking and any(not 0 <= i < vocab for i in params.thinking.close_ids):
-            raise ValueError(f"thinking.close_ids {list(params.thinking.close_ids)} reach outside the vocabulary of {vocab}")
+        request.check(self.model.config.vocab_size)
+        params = request.params
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need an engine with a tokenizer")
-        if not all(params.stop):
-            raise ValueError(f"stop {list(params.stop)} holds an empty string, which every text contains")
         sequence = self.scheduler.submit(request)
         if params.stop:
             sequence.text = StopWatcher(params.stop, self.tokenizer.decode_stream())
@@ -193,24 +193,13 @@ class Engine:
             budget = CHUNK
             if self.patient and self._prefill_rate:  # about as long as a decode step takes
                 budget = min(CHUNK, max(PAGE, int(self._decode_seconds * self._prefill_rate)))
-        plan, begin, events = self.scheduler.plan_prefill(budget), time.perf_counter(), []
-        for group in self._groups(plan):
-            events += self._run_prompts(group)
+        plan, begin = self.scheduler.plan_prefill(budget), time.perf_counter()
+        if self.deterministic:  # chunks that depend on the prompt alone
+            plan = [(oldest := self.scheduler.prefilling[0], min(CHUNK, oldest.goal - oldest.computed))]
+        events = [event for call in in_calls(plan, PREFILL_TOKENS) for event in self._run_prompts(call)]
         rate = sum(count for _, count in plan) / (time.perf_counter() - begin)
         self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
         return events
-
-    def _groups(self, plan: list[tuple[Sequence, int]]) -> list[list[tuple[Sequence, int]]]:
-        """Calls of about PREFILL_TOKENS tokens, padded to the longest; deterministic: one sequence a call."""
-        groups: list[list[tuple[Sequence, int]]] = []
-        longest = 0
-        for sequence, count in plan:
-            longest = max(longest, count)
-            if not groups or self.deterministic or (len(groups[-1]) + 1) * longest > PREFILL_TOKENS:
-                groups.append([])
-                longest = count
-            groups[-1].append((sequence, count))
-        return groups
 
     def _run_prompts(self, chunks: list[tuple[Sequence, int]]) -> list[TokenEvent]:
         """Some tokens of some prompts; those that end give their first token and run from then on."""
@@ -284,14 +273,13 @@ class Engine:
 
     def _decode_rows(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
         """One token for each of some consecutive rows. Returns those that ended."""
-        first, end = sequences[0].row, sequences[-1].row + 1
-        rows = self.rows
-        meta = build_meta(rows.table[first:end], rows.length[first:end], None, PAGE)
-        hidden = self.model(rows.last[first:end].to(self.device), meta.positions_N, self.cache, meta)
-        rows.length[first:end] += 1
-        logits = self.model.logits(hidden).cpu()
-        tokens, logprobs = rows.choose(logits, slice(first, end))
-        rows.last[first:end] = tokens
+        first, end, rows = sequences[0].row, sequences[-1].row + 1, self.rows
+        if self._pool is not None and len(sequences) >= SHARED:
+            cuts = [first + len(sequences) * i // self._cores for i in range(self._cores + 1)]
+            parts = list(self._pool.map(self._next_tokens, cuts[:-1], cuts[1:]))
+            logits, tokens, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
+        else:
+            logits, tokens, logprobs = self._next_tokens(first, end)
         ended = []
         for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
             sequence.computed += 1
@@ -301,6 +289,18 @@ class Engine:
             elif forced:
                 rows.follow(sequence)
         return ended
+
+    @torch.inference_mode()
+    def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, tokens and log-probs of rows first .. end. Writes to these rows and their pages only."""
+        rows = self.rows
+        meta = build_meta(rows.table[first:end], rows.length[first:end], None, PAGE)
+        hidden = self.model(rows.last[first:end].to(self.device), meta.positions_N, self.cache, meta)
+        rows.length[first:end] += 1
+        logits = self.model.logits(hidden).cpu()
+        tokens, logprobs = rows.choose(logits, slice(first, end))
+        rows.last[first:end] = tokens
+        return logits, tokens, logprobs
 
     def _verify(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
         """All rows at once, each with its last token and its drafts: as many tokens as drafts were right, and one more."""

@@ -86,6 +86,19 @@ def is_loop(tokens: list[int]) -> bool:
     return False
 
 
+def in_calls(plan: list[tuple[Sequence, int]], most: int) -> list[list[tuple[Sequence, int]]]:
+    """Chunks of prompts in calls of at most `most` tokens, counted as if padded to the longest; one chunk at least."""
+    calls: list[list[tuple[Sequence, int]]] = []
+    longest = 0
+    for sequence, count in plan:
+        longest = max(longest, count)
+        if not calls or (len(calls[-1]) + 1) * longest > most:
+            calls.append([])
+            longest = count
+        calls[-1].append((sequence, count))
+    return calls
+
+
 class StopWatcher:
     """Looks for stop strings in a growing text, keeping no more of it than a stop string could span."""
 

@@ -51,6 +51,18 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError for what no engine of that vocabulary could run."""
+        params, known = self.params, range(vocab_size)
+        if not 0 <= params.temperature <= 100 or not 0 < params.top_p <= 1:
+            raise ValueError(f"temperature {params.temperature} must lie in 0..100 and top_p {params.top_p} in (0, 1]")
+        if not all(i in known for i in self.prompt_ids):
+            raise ValueError(f"a prompt id lies outside the vocabulary of {vocab_size}")
+        if params.thinking and not all(i in known for i in params.thinking.close_ids):
+            raise ValueError(f"thinking.close_ids {list(params.thinking.close_ids)} reach outside the vocabulary of {vocab_size}")
+        if not all(params.stop):
+            raise ValueError(f"stop {list(params.stop)} holds an empty string, which every text contains")
+
 
 @dataclass(frozen=True)
 class Usage:

@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import PackedWeight, dense, paged
+from jevons.numerics import paged
 from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
@@ -124,7 +124,6 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
         self.paged = paged.latent_heads(self.heads, c.kv_lora_rank, self.rope, self.scale, INNER_EPS)
-        self._kept: tuple[PackedWeight, torch.Tensor] | None = None  # kv_b_proj's packed weight, and a dense copy of it
 
     def _project(self, x_ND):
         """Queries' two parts [N, H, nope] and [N, H, R], latent and shared key, as the projections give them."""
@@ -141,12 +140,7 @@ class MLA(nn.Module):
     def _kv(self, dtype: torch.dtype) -> torch.Tensor:
         """W_k and W_v of every head, [H, nope + v, C]. A dense parameter is only viewed, for training moves it; a packed weight
         never changes, so its dense copy is made once and kept."""
-        weight = self.kv_b_proj.weight
-        if not isinstance(weight, torch.Tensor):
-            if self._kept is None or self._kept[0] is not weight or self._kept[1].dtype != dtype:
-                self._kept = weight, dense(weight, dtype)
-            weight = self._kept[1]
-        return weight.to(dtype).view(self.heads, self.nope + self.v, -1)
+        return self.kv_b_proj.dense(dtype).view(self.heads, self.nope + self.v, -1)
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""

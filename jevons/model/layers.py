@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import Fp8Weight, Rows, Weight, linear
+from jevons.numerics import Fp8Weight, Rows, Weight, dense, kernels, linear
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
 Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
@@ -31,14 +31,23 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.parts = parts
+        self._dense: tuple[Weight, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as one tensor; a packed one is unpacked once and kept, for those who ask at every step."""
+        if isinstance(self.weight, torch.Tensor):
+            return self.weight.to(dtype)
+        if self._dense is None or self._dense[0] is not self.weight or self._dense[1].dtype != dtype:
+            self._dense = self.weight, dense(self.weight, dtype)
+        return self._dense[1]
+
     def hf_views(self, name: str) -> Iterator[HFView]:
         """Published names beside `name`, this module's own local name, with views of the rows they own."""
         parts = self.parts or {name: self.weight.shape[0]}
-        held = [self.weight] if not isinstance(self.weight, Rows) else self.weight.parts
+        held = self.weight.parts if isinstance(self.weight, Rows) else [self.weight] * len(parts)
         row = 0
         for index, (part, rows) in enumerate(parts.items()):
             if isinstance(self.weight, nn.Parameter):
@@ -48,7 +57,6 @@ class Linear(nn.Module):
             if self.bias is not None:
                 yield f"{part}.bias", self.bias[row : row + rows]
             row += rows
-
 
     def hold(self, prefix: str, fetch: Fetch) -> None:
         """Take the weights that `fetch` gives, each where it lies, in place of one's own parameters. For inference."""
@@ -79,7 +87,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the input's precision; the mean of squares is taken in float32."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        out = kernels.rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype) if out is None else out
 
 
 class MLP(nn.Module):
@@ -89,8 +98,15 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(dim, 2 * inter, parts={"gate_proj": inter, "up_proj": inter})
         self.down_proj = Linear(inter, dim)
+        self.table = kernels.ExpertTable()
+
+    def ready(self, x_ND: torch.Tensor) -> bool:
+        """Whether the native kernel may take this MLP and `x_ND`."""
+        return kernels.usable(x_ND) and self.table.ready(self.gate_up_proj.weight, self.down_proj.weight, x_ND.dtype)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        if len(x_ND) <= kernels.FEW and self.ready(x_ND):
+            return kernels.experts(x_ND, None, None, None, self.table)
         gate, up = self.gate_up_proj(x_ND).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 

@@ -14,10 +14,10 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.attention import Segments
 from jevons.model.layers import MLP, Fetch, HFView, packed_views
-from jevons.numerics import Rows, grouped_linear
-from jevons.numerics.gate import choose
+from jevons.numerics import Rows, grouped_linear, kernels
 
 ALIGN = 32
+FEW_ROWS = 64  # tokens times experts of each: up to here one native call is faster than sorting rows for grouped products
 
 
 @dataclass
@@ -55,17 +55,9 @@ class Gate(nn.Module):
         `real_N` (float32) is 0 on padding.
         """
         c = self.config
-        if torch.is_autocast_enabled(x_ND.device.type):
-            with torch.autocast(x_ND.device.type, enabled=False):
-                scores = self._scores(x_ND)
-        else:
-            scores = self._scores(x_ND)
-        if segments is None and real_N is None:
-            bias = self.e_score_correction_bias if c.has_router_bias else None
-            chosen = choose(scores, bias, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob,
-                            c.routed_scaling_factor)
-            if chosen is not None:
-                return Routing(*chosen, chosen[2].float(), scores.new_zeros(()))
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores = F.linear(x_ND.float(), self.weight.float())
+            scores = scores.sigmoid() if c.scoring_func == "sigmoid" else scores.softmax(-1)
         with torch.no_grad():
             choice = scores + self.e_score_correction_bias if c.has_router_bias else scores
             if c.n_group > 1:
@@ -85,10 +77,6 @@ class Gate(nn.Module):
         weights = weights * c.routed_scaling_factor
         balance = self._balance(scores, segments, real_N) if segments else scores.new_zeros(())
         return Routing(experts, weights, rows, load, balance)
-
-    def _scores(self, x_ND: torch.Tensor) -> torch.Tensor:
-        scores = F.linear(x_ND.float(), self.weight.float())
-        return scores.sigmoid() if self.config.scoring_func == "sigmoid" else scores.softmax(-1)
 
     def _balance(self, scores_NE: torch.Tensor, segments: Segments, real_N: torch.Tensor | None) -> torch.Tensor:
         """Sum over experts of f_i P_i, averaged over rows; f counts the unbiased top K."""
@@ -116,6 +104,7 @@ class ExpertBank(nn.Module):
         self.inter = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.n_routed_experts, 2 * self.inter, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, self.inter))
+        self.table = kernels.ExpertTable()
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         if isinstance(self.down_proj, list):
@@ -134,6 +123,16 @@ class ExpertBank(nn.Module):
         del self.gate_up_proj, self.down_proj
         self.gate_up_proj = [Rows([fetch(f"{prefix}.{e}.{part}_proj.weight") for part in ("gate", "up")]) for e in experts]
         self.down_proj = [fetch(f"{prefix}.{e}.down_proj.weight") for e in experts]
+
+    def for_few(self, x_ND: torch.Tensor, routing: Routing, shared: MLP | None) -> torch.Tensor | None:
+        """`forward` plus the shared MLP in one native call, for a few tokens without gradients; None where that cannot be."""
+        if not kernels.usable(x_ND) or not self.table.ready(self.gate_up_proj, self.down_proj, x_ND.dtype):
+            return None
+        if routing.experts_NK.numel() > FEW_ROWS and not self.table.compact:
+            return None
+        if shared is not None and not (shared.ready(x_ND) and shared.table.kinds == self.table.kinds):
+            return None
+        return kernels.experts(x_ND, self.table, routing.experts_NK, routing.weights_NK, shared and shared.table)
 
     def forward(self, x_ND: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Sum over a token's K experts of weight * expert(x): no token is ever dropped."""
@@ -201,6 +200,9 @@ class MoE(nn.Module):
     def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None,
                 ) -> tuple[torch.Tensor, Routing]:
         routing = self.gate(x_ND, segments, real_N)
+        y = self.experts.for_few(x_ND, routing, self.shared_experts)
+        if y is not None:
+            return y, routing
         y = self.experts(x_ND, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x_ND)

@@ -186,8 +186,13 @@ class CausalLM(nn.Module):
             yield "lm_head.weight", self.lm_head.weight
 
     def hf_state_dict(self) -> dict[str, torch.Tensor]:
-        """Published name -> view of the parameter (or of the rows of it) that holds the tensor."""
-        return {name: view.detach() for name, view in self._hf_views()}
+        """Published name -> view of the parameter (or of the rows of it) that holds the tensor. Raises ValueError for a weight
+        that was packed into a form that checkpoints do not have."""
+        views = dict(self._hf_views())
+        for name, view in views.items():
+            if not isinstance(view, torch.Tensor):
+                raise ValueError(f"{name} was packed for inference, and checkpoints do not hold its form; save before packing")
+        return {name: view.detach() for name, view in views.items()}
 
     def load_hf_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy published tensors in. Strict: raises KeyError for missing or surplus names, ValueError for a wrong shape or

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from jevons.numerics.fp8 import BLOCK, dequantise_blocks
-
-STRIP = BLOCK  # rows dequantised at a time: at 512 of 7168 columns the copies leave the cache, and it takes five times as long
+from jevons.numerics.kernels import FEW, handle, linear_dense, linear_packed, usable
+from jevons.numerics.native import CWeight
+from jevons.numerics.packed import IntWeight
 
 
 class PackedWeight(Protocol):
@@ -28,39 +29,27 @@ class PackedWeight(Protocol):
 Weight = torch.Tensor | PackedWeight
 
 
-class Fp8Weight:
-    """A published FP8 weight: codes [out, in] and a scale per 128 x 128 block, dequantised as it is used."""
-
-    def __init__(self, codes: torch.Tensor, scale_inv: torch.Tensor):
-        self.codes, self.scale_inv, self.shape = codes, scale_inv, codes.shape
-
-    def strip(self, row: int, dtype: torch.dtype) -> torch.Tensor:
-        """STRIP rows from `row` on (a multiple of BLOCK), or what is left of them."""
-        codes, scale_inv = self.codes[row : row + STRIP], self.scale_inv[row // BLOCK : (row + STRIP) // BLOCK]
-        if codes.device.type != "cpu" or codes.shape[0] % BLOCK or codes.shape[1] % BLOCK:
-            return dequantise_blocks(codes, scale_inv, dtype)
-        # The same numbers at 2.7 times the speed: E4M3's bits, moved into place, are an FP16 number 256 times too small.
-        wide = codes.view(torch.int8).to(torch.int16)
-        bits = (wide & 0x7F).bitwise_left_shift_(7).bitwise_or_(wide.bitwise_and_(-0x8000))
-        blocks = bits.view(torch.float16).float().view(len(scale_inv), BLOCK, -1, BLOCK)
-        return blocks.mul_(scale_inv[:, None, :, None] * 256).view(codes.shape).to(dtype)
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = torch.cat([F.linear(x, self.strip(row, x.dtype)) for row in range(0, self.shape[0], STRIP)], dim=-1)
-        return out if bias is None else out + bias
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([self.strip(row, dtype) for row in range(0, self.shape[0], STRIP)])
-
-
 class Rows:
     """Weights of the same input, one below the other, each where it lies (in a file's memory map): no fusing copy."""
 
     def __init__(self, parts: Sequence[Weight]):
         self.parts = list(parts)
         self.shape = torch.Size([sum(p.shape[0] for p in parts), parts[0].shape[1]])
+        self._kept: dict[torch.dtype, ctypes.Array[CWeight] | None] = {}
+
+    def _handles(self, dtype: torch.dtype) -> ctypes.Array[CWeight] | None:
+        if dtype not in self._kept:
+            handles = [None if isinstance(part, Rows) else handle(part, dtype) for part in self.parts]
+            self._kept[dtype] = (CWeight * len(handles))(*handles) if all(handles) else None
+        return self._kept[dtype]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": {}}  # addresses: worthless in a copy
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        few = x.numel() <= FEW * x.shape[-1] or all(isinstance(part, IntWeight) for part in self.parts)
+        if few and usable(x) and (handles := self._handles(x.dtype)) is not None:
+            return linear_packed(x, handles, self.shape[0], bias)
         out = torch.cat([linear(x, part) for part in self.parts], dim=-1)
         return out if bias is None else out + bias
 
@@ -71,7 +60,8 @@ class Rows:
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in], weight [out, in] -> [..., out]"""
     if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight, bias)
+        out = linear_dense(x, weight, bias)
+        return F.linear(x, weight, bias) if out is None else out
     return weight.linear(x, bias)
 
 

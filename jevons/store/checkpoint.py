@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from jevons import __version__
 from jevons.config import ModelConfig
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM, build_model
@@ -166,6 +168,21 @@ def read_provenance(directory: str | Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not a JSON object: {error}") from None
+
+
+def fingerprint(directory: str | Path, *more: str) -> bytes:
+    """What tells this checkpoint's weights from others' (16 bytes): config, sizes and times of the shards, and a sample of their
+    bytes. `more` is whatever else a cache of its activations depends on."""
+    directory, digest = Path(directory), hashlib.blake2b(digest_size=16)
+    digest.update("|".join((__version__, *more)).encode() + (directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            for part in range(64):
+                file.seek(part * stat.st_size // 64)
+                digest.update(file.read(1024))
+    return digest.digest()
 
 
 def _check(directory: Path, model: CausalLM, headers: dict[str, TensorInfo]) -> dict[str, str]:

@@ -76,15 +76,17 @@ class Beside:
         self.server = Server(create_app(self.host, lambda: self.tokenizer, settings, page, metrics), settings)
         self.server.start()
 
-    def show(self, model: Any, tokenizer: Any, name: str, max_batch: int = CHAT_BATCH, final: bool = True) -> None:
-        """Answer with this model from now on. `final`: its weights stay as they are, so that prefixes may be kept."""
+    def show(self, model: Any, tokenizer: Any, name: str, max_batch: int = CHAT_BATCH, final: bool = True,
+             **options: Any) -> None:
+        """Answer with this model from now on. `final`: its weights stay as they are, so that prefixes may be kept. `options`
+        are the engine's."""
         from jevons.engine.engine import Engine
 
         self.host.set_engine(None)
         self.tokenizer = tokenizer
         self.host.set_engine(Engine(model, tokenizer.eos_id, max_batch=max_batch, max_waiting=4 * max_batch,
                                     max_len=context_that_fits(model.config, max_batch), tokenizer=tokenizer,
-                                    prefix_cache=final, speculate=None if final else 0, patient=final), name)
+                                    **dict(prefix_cache=final, speculate=None if final else 0, patient=final) | options), name)
 
     def run_forever(self, stop: StopSignal) -> None:
         """Serve until Ctrl-C."""

@@ -35,11 +35,11 @@ def known_task(provenance: dict[str, Any]) -> Any:
 
 
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
-                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None) -> None:
+                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None, weights: str | None) -> None:
     if dump is not None and not dump.resolve().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no directory {dump.parent}")
     use_threads()
-    loaded = open_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint, weights)
     the_task = _trained_task(loaded.provenance, task, {"numbers": numbers} if numbers is not None else None)
     from jevons.reason.evaluate import evaluate
 
@@ -47,7 +47,8 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
     with console.status(f"{n} problems"):
         result, _ = evaluate(loaded.model, loaded.tokenizer, the_task, n, seed, max_tokens, samples, temperature, dump=dump)
     if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint), "task": the_task.name, "seed": seed} | result.record()))
+        said = {"checkpoint": str(checkpoint), "task": the_task.name, "seed": seed} | ({"weights": weights} if weights else {})
+        print(json.dumps(said | result.record()))
         return
     rows = [("pass@1", result.accuracy, result.low, result.high)]
     if result.pass_at_k is not None:
@@ -61,11 +62,18 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 
 
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
-                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None,
-                     closing_words: str | None) -> None:
+                     allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None, closing_words: str | None,
+                     weights: str | None, speculate: int | None, disk_cache: Path | None, disk_gib: float,
+                     deterministic: bool) -> None:
     use_threads()
-    loaded = open_checkpoint(checkpoint)
-    task = known_task(loaded.provenance)
+    loaded = open_checkpoint(checkpoint, weights)
+    task, disk, root = known_task(loaded.provenance), None, b""
+    if disk_cache is not None:
+        from jevons.engine.disk import DiskTier
+        from jevons.store.checkpoint import fingerprint
+
+        disk = DiskTier(disk_cache, int(disk_gib * 2**30))
+        root = fingerprint(checkpoint, str(weights))
     console = Console(stderr=True)
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
@@ -74,7 +82,8 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
         if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
             console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
                           f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
-        beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch)
+        beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch,
+                    speculate=speculate, deterministic=deterministic, disk=disk, root=root)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
         beside.run_forever(stop)
 
@@ -84,7 +93,7 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
     from jevons.runtime import Runtime
 
     if checkpoint is None:
-        return Runtime.detect().describe()
+        return Runtime.detect().describe() | _describe_speed()
     from jevons.config import ModelConfig
     from jevons.plan import count_parameters, kv_bytes_per_token
     from jevons.store.checkpoint import read_provenance
@@ -107,6 +116,15 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
     for score in provenance.get("scores", []):
         values[f"score of {score['name']}"] = f"{score['accuracy']:.1%} right of {score['n']} held-out problems"
     return values
+
+
+def _describe_speed() -> dict[str, Any]:
+    from jevons.numerics.kernels import read_rate
+    from jevons.numerics.native import state
+
+    use_threads()
+    rate, threads = read_rate()
+    return {"native kernels": state(), "memory read": f"{rate / 1e9:.1f} GB/s ({threads} thread{'s' * (threads > 1)}, 1 GiB)"}
 
 
 def _rope_in_words(config: Any) -> str:
@@ -142,12 +160,20 @@ def _describe_files(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def open_checkpoint(checkpoint: Path) -> Any:
+def open_checkpoint(checkpoint: Path, weights: str | None = None) -> Any:
     """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
-    one is copied: stacked experts and fused projections run faster than views."""
+    one is copied: stacked experts and fused projections run faster than views. `weights` packs it. Raises ValueError where it
+    names no packing."""
+    from jevons.model.pack import check_kind, pack
+    from jevons.runtime import Runtime
     from jevons.store.checkpoint import load_checkpoint
     from jevons.store.safetensors_io import read_headers
 
+    if weights is not None:
+        check_kind(weights)
+        loaded = load_checkpoint(checkpoint, frozen=True)
+        pack(loaded.model, weights, Runtime.detect("cpu").dtype)
+        return loaded
     headers = read_headers(checkpoint) if (checkpoint / "config.json").is_file() else {}
     large = sum(info.end - info.start for info in headers.values()) > MAPPED_FROM
     return load_checkpoint(checkpoint, frozen=large or any(info.dtype == "F8_E4M3" for info in headers.values()))

@@ -36,13 +36,13 @@ class Interrupts:
 
 
 def chat_with(checkpoint: Path, temperature: float, max_tokens: int, max_thinking_tokens: int | None = None,
-              closing_words: str | None = None) -> None:
+              closing_words: str | None = None, weights: str | None = None) -> None:
     """A loop of questions; Ctrl-D ends the chat."""
     from jevons.engine.engine import Engine
     from jevons.engine.types import SamplingParams
 
     use_threads()
-    loaded = open_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint, weights)
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
                     max_len=context_that_fits(loaded.config, 1), speculate=None)

@@ -15,13 +15,46 @@ import platform
 import subprocess
 import sys
 import tempfile
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from jevons.runtime import cpu_info, find_compiler
 
 HERE = Path(__file__).resolve().parent
 # not -ffast-math: a library linked with it sets flush-to-zero in the process that loads it, torch's arithmetic included
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
+         "-Wno-psabi"]
+
+
+class CWeight(ctypes.Structure):
+    """`Weight` of common.h."""
+
+    _fields_ = [("codes", c_void_p), ("scale", c_void_p), ("rows", c_int64), ("columns", c_int64), ("kind", c_int32),
+                ("group", c_int32)]
+
+
+class CExpert(ctypes.Structure):
+    """`Expert` of experts.cpp."""
+
+    _fields_ = [("gate", CWeight), ("up", CWeight), ("down", CWeight)]
+
+
+class CRouted(ctypes.Structure):
+    """`Routed` of experts.cpp."""
+
+    _fields_ = [("experts", POINTER(CExpert)), ("count", c_int64), ("k", c_int64), ("stride", c_int64 * 3),
+                ("chosen", c_void_p), ("weights", c_void_p)]
+
+
+# Matrices are passed as (address, elements from row to row, whether bf16).
+_MATRIX = [c_void_p, c_int64, c_int32]
+SIGNATURES = {
+    "jevons_linear": [POINTER(CWeight), c_int32, *_MATRIX, c_int64, c_void_p, c_int32, c_void_p],
+    "jevons_linear_plain": [c_void_p, c_int32, c_int64, c_int64, *_MATRIX, c_int64, c_void_p, c_int32, c_void_p],
+    "jevons_experts": [POINTER(CRouted), POINTER(CExpert), *_MATRIX, c_int64, c_void_p],
+    "jevons_rms_norm": [*_MATRIX, c_int64, c_int64, c_void_p, c_int32, c_float, c_void_p],
+    "jevons_read": [c_void_p, c_int64, c_int32],
+}
 
 
 def cache_dir() -> Path:
@@ -40,30 +73,60 @@ def why_not() -> str | None:
     return _library()[1]
 
 
-@functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str | None]:
+def state() -> str:
+    """In words, without building anything."""
+    target, problem = _target()
+    if problem is not None:
+        return f"none: {problem}"
+    return "built" if target.is_file() else "not built yet: the first answer builds them, in seconds"
+
+
+def build(compiler: str, flags: list[str], target: Path) -> str | None:
+    """Compile the kernels to `target`, which appears whole or not at all; the compiler's complaint, if it has one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / "native.so"
+        command = [compiler, *flags, *map(str, sorted(HERE.glob("*.cpp"))), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            return f"{compiler} failed: {done.stderr.strip()[:300]}"
+        os.replace(built, target)  # two processes that build at once put the same file there
+    return None
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """A built library with its signatures. Raises OSError where it cannot be loaded."""
+    import torch  # noqa: F401  (its libgomp.so.1 must be the one that is loaded)
+
+    opened = ctypes.CDLL(str(path))
+    for name, arguments in SIGNATURES.items():
+        function = getattr(opened, name)
+        function.argtypes, function.restype = arguments, c_uint64 if name == "jevons_read" else None
+    return opened
+
+
+def _target() -> tuple[Path, str | None]:
+    """Where this machine's library lies, or why there can be none."""
     if os.environ.get("JEVONS_NATIVE") == "0":
-        return None, "JEVONS_NATIVE=0"
+        return Path(), "JEVONS_NATIVE=0"
+    if sys.platform == "win32":
+        return Path(), "not built on Windows"
     compiler = find_compiler()
     if compiler is None:
-        return None, "no C++ compiler on PATH"
-    if sys.platform == "win32":
-        return None, "not built on Windows"
-    sources = sorted(HERE.glob("*.cpp"))
+        return Path(), "no C++ compiler on PATH"
     told = [compiler, *FLAGS, platform.machine(), *sorted(cpu_info()["flags"])]
-    parts = [s.read_bytes() for s in sorted([*sources, *HERE.glob("*.h")])] + [" ".join(told).encode()]
-    target = cache_dir() / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    try:
-        import torch  # noqa: F401  (its libgomp.so.1 must be the one that is loaded)
+    parts = [s.read_bytes() for s in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])] + [" ".join(told).encode()]
+    return cache_dir() / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so", None
 
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                built = Path(folder) / "native.so"
-                done = subprocess.run([compiler, *FLAGS, *map(str, sources), "-o", str(built)], capture_output=True, text=True)
-                if done.returncode:
-                    return None, f"{compiler} failed: {done.stderr.strip()[:300]}"
-                os.replace(built, target)  # two processes that build at once put the same file there
-        return ctypes.CDLL(str(target)), None
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    target, problem = _target()
+    if problem is not None:
+        return None, problem
+    try:
+        if not target.is_file() and (complaint := build(find_compiler(), FLAGS, target)):
+            return None, complaint
+        return open_library(target), None
     except OSError as error:
         return None, str(error)

@@ -142,7 +142,7 @@ async function stream(run, messages) {
         view.addText(text);
       }
       if (event.finish) meta.finish = event.finish;
-      if (event.votes) meta.votes = event.votes;
+      if (event.votes) meta.votes = { ...event.votes, tally: event.votes.tally.map((vote) => ({ ...vote, answer: vote.answer.slice(0, 300) })) };
       if (event.usage) meta.usage = event.usage;
       follow();
     }
