@@ -15,6 +15,7 @@ from jevons.numerics.native import CExpert, CRouted, CWeight, library, state
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # `Kind` of common.h; 2 is FP8, 3 and 4 are 8 and 4 bits
 FP8, INT8, INT4 = 2, 3, 4
 FEW = 16  # rows; with more of them torch's own products of dense weights are faster
+FEW_NUMBERS = 2**15  # of a norm: with more of them torch's is as fast
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -61,9 +62,9 @@ def linear_packed(x: torch.Tensor, weights: ctypes.Array[CWeight], width: int, b
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, for few rows."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, for few numbers."""
     rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= FEW or not usable(x) or weight.dtype not in KINDS:
+    if not 0 < x.numel() <= FEW_NUMBERS or not usable(x) or weight.dtype not in KINDS:
         return None
     flat = _flat(x)
     out = torch.empty(x.shape, dtype=x.dtype)
