@@ -7,13 +7,14 @@ the plain definition gives. Where there is no compiler they are skipped, and the
 import copy
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import lively, llama, nano, qwen2, random_ids
 from test_loading import FP8_CONFIG, rewrite, to_fp8
-from test_moe import naive_experts, random_bank, random_routing
+from test_moe import SHAPES, naive_experts, random_bank, random_gate, random_routing
 
 from jevons.engine.engine import Engine
 from jevons.engine.types import Request, SamplingParams
@@ -33,6 +34,8 @@ MAKERS = {"dense": lambda w, dtype: w.to(dtype), "fp8": lambda w, _: Fp8Weight(*
           "int8": lambda w, _: IntWeight.of(w, 8, 128), "int8-32": lambda w, _: IntWeight.of(w, 8, 32),
           "int4": lambda w, _: IntWeight.of(w, 4, 32), "int4-128": lambda w, _: IntWeight.of(w, 4, 128)}
 DTYPES = [torch.float32, torch.bfloat16]
+V2 = dict(architecture="DeepseekV2ForCausalLM", scoring_func="softmax", topk_method="group_limited_greedy",
+          norm_topk_prob=False)
 VARIANTS = {"here": None, "avx2": ["-mavx2", "-mfma"], "plain": []}
 
 
@@ -193,6 +196,62 @@ def test_norms(native, dtype):
         torch.testing.assert_close(got.double(), exact, atol=1e-30, rtol=1e-5 if dtype == torch.float32 else 2**-8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_head_by_its_own_matrix(native, dtype):
+    for tokens in (1, 7):
+        count, width, out = random.randint(1, 5), random.randint(1, 150), random.choice([64, 128, random.randint(1, 200)])
+        x = torch.randn(tokens, count, 2 * width).to(dtype)[..., width:]
+        whole = torch.randn(count, width + 3, out).to(dtype)
+        for w, across in ((whole[:, :width], True), (torch.randn(count, out + 2, width).to(dtype)[:, 1:-1], False)):
+            exact = torch.einsum("nha,hab->hnb" if across else "nha,hba->hnb", x.double(), w.double())
+            got = kernels.heads(x, w, across)
+            assert got.dtype == dtype and got.shape == exact.shape
+            room = x.double().norm(dim=-1).T[..., None] * w.double().norm(dim=1 if across else 2)[:, None] + 1e-30
+            assert ((got.double() - exact).abs() / room).max() < bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("variant", [{}, dict(norm_topk_prob=False), V2], ids=str)
+def test_a_gate_chooses_as_torchs(native, shape, variant, dtype, monkeypatch):
+    gate = random_gate(shape, routed_scaling_factor=2.5, **variant)
+    x = torch.randn(random.choice([1, 9]), 40).to(dtype)
+    fast = gate(x)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    slow = gate(x)
+    assert torch.equal(fast.experts_NK.sort().values, slow.experts_NK.sort().values)
+    assert torch.equal(fast.rows_E, slow.rows_E) and torch.equal(fast.load_E, slow.load_E)
+    order, other = fast.experts_NK.argsort(), slow.experts_NK.argsort()
+    torch.testing.assert_close(fast.weights_NK.gather(1, order), slow.weights_NK.gather(1, other), atol=1e-6, rtol=1e-5)
+
+
+def test_a_gate_names_experts_that_exist_whatever_comes_in(native):
+    gate = random_gate(SHAPES[1])
+    x = torch.randn(6, 40)
+    x[1], x[3, 5], x[4, 0] = math.nan, math.inf, -math.inf
+    chosen = gate(x).experts_NK
+    assert (0 <= chosen).all() and (chosen < 12).all() and all(len(set(row)) == 5 for row in chosen.tolist())
+
+
+def test_two_callers_at_once(native):
+    """Both get their own numbers, whoever has the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        weights = [IntWeight.of(torch.randn(400, 512), 8, 128) for _ in range(2)]
+        inputs = [torch.randn(20, 512) for _ in range(2)]
+        expected = [linear(x, w) for x, w in zip(inputs, weights, strict=True)]
+
+        def many(i):
+            with torch.no_grad():
+                return all(torch.equal(linear(inputs[i], weights[i]), expected[i]) for _ in range(50))
+
+        with ThreadPoolExecutor(2) as callers:
+            assert all(callers.map(many, range(2)))
+    finally:
+        torch.set_num_threads(before)
+
+
 # -- experts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -279,10 +338,18 @@ def test_what_needs_a_gradient_never_goes_native(monkeypatch):
     model.logits(model.forward_train(ids, torch.arange(6), [(1, 6)]).hidden_ND).sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("mtp") and "gate." not in name)
     x = torch.randn(2, 40, requires_grad=True)
-    for kind in ("fp8", "int8"):
-        linear(x, MAKERS[kind](torch.randn(7, 40), torch.float32)).sum().backward()
+    linear(x, MAKERS["int8"](torch.randn(7, 40), torch.float32)).sum().backward()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, torch.randn(7, 40)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+def test_gradients_pass_through_packed_weights(kind):
+    """To what comes in; the weight itself takes none."""
+    x, weight = torch.randn(5, 60, requires_grad=True), MAKERS[kind](torch.randn(30, 60), torch.float32)
+    grad = torch.randn(5, 30)
+    linear(x, weight).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ dense(weight, torch.float32))
 
 
 # -- integers ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import paged
+from jevons.numerics import kernels, paged
 from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
@@ -161,7 +161,7 @@ class MLA(nn.Module):
             if meta.max_query > 1 and self._saved_by_expanding(meta) > EXPAND:
                 return self.o_proj(self._attend_expanded(q_nope, q_rope, rope_NR, data, meta))
         w_k, w_v = self._kv(q_nope.dtype).split([self.nope, self.v], dim=1)
-        q_latent_HNC = torch.bmm(q_nope.transpose(0, 1), w_k)
+        q_latent_HNC = kernels.heads(q_nope, w_k, across=True)
         if native:
             out_HNC = torch.empty_like(q_latent_HNC)
             paged.attend(self.paged, meta.batch, q_latent_HNC.transpose(0, 1), q_rope, rope_NR, data, out_HNC.transpose(0, 1))
@@ -170,7 +170,7 @@ class MLA(nn.Module):
             cache.write(layer, meta.cells_N, torch.cat([self.kv_a_layernorm(latent_NC), key_NR], dim=-1))
             q = torch.cat([q_latent_HNC.transpose(0, 1), rotate_interleaved(q_rope, rope_NR)], dim=-1)
             out_HNC = attend_gathered(self.paged, q, cache, layer, meta).transpose(0, 1)
-        return self.o_proj(torch.bmm(out_HNC, w_v.transpose(1, 2)).transpose(0, 1).flatten(1))
+        return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
 
     def _saved_by_expanding(self, meta: BatchMeta) -> int:
         """Multiplications that per-head keys and values save over the latent: a pair costs nope + R + v, not 2 C + R, and

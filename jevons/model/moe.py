@@ -15,6 +15,7 @@ from jevons.config import ModelConfig
 from jevons.model.attention import Segments
 from jevons.model.layers import MLP, Fetch, HFView, packed_views
 from jevons.numerics import Rows, grouped_linear, kernels
+from jevons.numerics.native import CChoice
 
 ALIGN = 32
 FEW_ROWS = 64  # tokens times experts of each: up to here one native call is faster than sorting rows for grouped products
@@ -37,6 +38,8 @@ class Gate(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.choice = CChoice(config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group,
+                              config.scoring_func == "softmax", config.norm_topk_prob, config.routed_scaling_factor)
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         yield f"{name}.weight", self.weight
@@ -55,6 +58,10 @@ class Gate(nn.Module):
         `real_N` (float32) is 0 on padding.
         """
         c = self.config
+        if segments is None and real_N is None:
+            chosen = kernels.gate(x_ND, self.weight, self.e_score_correction_bias if c.has_router_bias else None, self.choice)
+            if chosen is not None:
+                return Routing(*chosen, chosen[1].new_zeros(()))
         with torch.autocast(x_ND.device.type, enabled=False):
             scores = F.linear(x_ND.float(), self.weight.float())
             scores = scores.sigmoid() if c.scoring_func == "sigmoid" else scores.softmax(-1)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from jevons.numerics.memory import HugePages
-from jevons.numerics.native import CExpert, CRouted, CWeight, library, state
+from jevons.numerics.native import CChoice, CExpert, CRouted, CWeight, library, state
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # `Kind` of common.h; 2 is FP8, 3 and 4 are 8 and 4 bits
 FP8, INT8, INT4 = 2, 3, 4
-FEW = 16  # rows; with more of them torch's own products of dense weights are faster
-FEW_NUMBERS = 2**15  # of a norm: with more of them torch's is as fast
+# Rows up to which the kernels beat torch's own products (measured on Zen 4): of dense weights, and of FP8 blocks, which torch
+# must unpack first. Of integers they do for any number of rows, or come within a tenth.
+FEW, FEW_FP8 = 32, 96
+FEW_NUMBERS, FEW_PRODUCTS = 2**15, 2**18  # of a norm, and of a gate's scores
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -61,6 +63,15 @@ def linear_packed(x: torch.Tensor, weights: ctypes.Array[CWeight], width: int, b
     return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 
+def unpack(weight: CWeight | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """FP8 blocks as a tensor; None where the kernels cannot."""
+    if weight is None or dtype not in KINDS or library() is None:
+        return None
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype)
+    library().jevons_unpack(weight, KINDS[dtype], out.data_ptr())
+    return out
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, for few numbers."""
     rows = x.numel() // x.shape[-1]
@@ -71,6 +82,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
     library().jevons_rms_norm(flat.data_ptr(), flat.stride(0), KINDS[x.dtype], rows, x.shape[-1], weight.data_ptr(),
                               KINDS[weight.dtype], eps, out.data_ptr())
     return out
+
+
+def heads(x_NHA: torch.Tensor, w: torch.Tensor, across: bool) -> torch.Tensor:
+    """Each head of few tokens times a matrix of its own: [H, N, B]. `w` is [H, B, A], or, `across`, [H, A, B]."""
+    n, count, width = x_NHA.shape
+    out = w.shape[2 if across else 1]
+    if not 0 < n <= FEW or not usable(x_NHA) or w.dtype not in KINDS or w.stride()[1:] != (w.shape[2], 1) or x_NHA.stride(2) != 1:
+        return torch.bmm(x_NHA.transpose(0, 1), w if across else w.transpose(1, 2))
+    y = torch.empty(count, n, out, dtype=x_NHA.dtype)
+    library().jevons_heads(x_NHA.data_ptr(), x_NHA.stride(0), x_NHA.stride(1), KINDS[x_NHA.dtype], n, count, width, w.data_ptr(),
+                           w.stride(0), KINDS[w.dtype], out, across, y.data_ptr())
+    return y
+
+
+def gate(x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, choice: CChoice,
+         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """What a gate chooses for few tokens: experts [N, K], their weights, tokens per expert as int64 and as float32."""
+    few = 0 < len(x_ND) <= FEW or 0 < len(x_ND) * weight_ED.numel() <= FEW_PRODUCTS
+    if not few or not usable(x_ND) or weight_ED.dtype not in KINDS or not weight_ED.is_contiguous():
+        return None
+    flat = _flat(x_ND)
+    chosen = torch.empty(len(flat), choice.k, dtype=torch.int64)
+    weights = torch.empty(len(flat), choice.k)
+    rows, load = torch.empty(choice.experts, dtype=torch.int64), torch.empty(choice.experts)
+    library().jevons_gate(choice, flat.data_ptr(), flat.stride(0), KINDS[flat.dtype], *flat.shape, weight_ED.data_ptr(),
+                          KINDS[weight_ED.dtype], None if bias_E is None else bias_E.data_ptr(), chosen.data_ptr(),
+                          weights.data_ptr(), rows.data_ptr(), load.data_ptr())
+    return chosen, weights, rows, load
 
 
 class ExpertTable:

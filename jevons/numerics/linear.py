@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from jevons.numerics.kernels import FEW, handle, linear_dense, linear_packed, usable
+from jevons.numerics.kernels import FEW, FEW_FP8, handle, linear_dense, linear_packed, usable
 from jevons.numerics.native import CWeight
-from jevons.numerics.packed import IntWeight
+from jevons.numerics.packed import Fp8Weight, IntWeight
 
 
 class PackedWeight(Protocol):
@@ -47,14 +48,19 @@ class Rows:
         return vars(self) | {"_kept": {}}  # addresses: worthless in a copy
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        few = x.numel() <= FEW * x.shape[-1] or all(isinstance(part, IntWeight) for part in self.parts)
-        if few and usable(x) and (handles := self._handles(x.dtype)) is not None:
+        rows = x.numel() // x.shape[-1]
+        if all(rows <= _most_rows(part) for part in self.parts) and usable(x) and (handles := self._handles(x.dtype)) is not None:
             return linear_packed(x, handles, self.shape[0], bias)
         out = torch.cat([linear(x, part) for part in self.parts], dim=-1)
         return out if bias is None else out + bias
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.cat([dense(part, dtype) for part in self.parts])
+
+
+def _most_rows(weight: Weight) -> float:
+    """Rows of input up to which the kernels are the faster way."""
+    return math.inf if isinstance(weight, IntWeight) else FEW_FP8 if isinstance(weight, Fp8Weight) else FEW
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

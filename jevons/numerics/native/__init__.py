@@ -22,8 +22,8 @@ from jevons.runtime import cpu_info, find_compiler
 
 HERE = Path(__file__).resolve().parent
 # not -ffast-math: a library linked with it sets flush-to-zero in the process that loads it, torch's arithmetic included
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
-         "-Wno-psabi"]
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-pthread", "-fPIC",
+         "-shared", "-Wno-psabi"]
 
 
 class CWeight(ctypes.Structure):
@@ -46,6 +46,13 @@ class CRouted(ctypes.Structure):
                 ("chosen", c_void_p), ("weights", c_void_p)]
 
 
+class CChoice(ctypes.Structure):
+    """`Choice` of small.cpp."""
+
+    _fields_ = [("experts", c_int64), ("k", c_int64), ("groups", c_int64), ("kept", c_int64), ("softmax", c_int32),
+                ("normalise", c_int32), ("scale", c_float)]
+
+
 # Matrices are passed as (address, elements from row to row, whether bf16).
 _MATRIX = [c_void_p, c_int64, c_int32]
 SIGNATURES = {
@@ -53,6 +60,10 @@ SIGNATURES = {
     "jevons_linear_plain": [c_void_p, c_int32, c_int64, c_int64, *_MATRIX, c_int64, c_void_p, c_int32, c_void_p],
     "jevons_experts": [POINTER(CRouted), POINTER(CExpert), *_MATRIX, c_int64, c_void_p],
     "jevons_rms_norm": [*_MATRIX, c_int64, c_int64, c_void_p, c_int32, c_float, c_void_p],
+    "jevons_unpack": [POINTER(CWeight), c_int32, c_void_p],
+    "jevons_gate": [POINTER(CChoice), *_MATRIX, c_int64, c_int64, c_void_p, c_int32, *[c_void_p] * 5],
+    "jevons_heads": [c_void_p, c_int64, c_int64, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64, c_int32,
+                     c_void_p],
     "jevons_read": [c_void_p, c_int64, c_int32],
 }
 

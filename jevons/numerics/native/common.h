@@ -4,14 +4,12 @@
 // matters (dot products of bf16 and of bytes, table lookups) it is chosen by the macros below.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include <omp.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif

@@ -1,4 +1,5 @@
 // The routed experts of a mixture, and a shared one, for few tokens: only the weights that these tokens chose are read.
+#include "pool.h"
 #include "rows.h"
 
 // down(silu(gate x) * up x)
@@ -134,17 +135,11 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
     }
   };
 
-  const int threads = bytes >= (1 << 18) ? omp_get_max_threads() : 1;
+  Pool& pool = Pool::get();
+  const int threads = threads_for(bytes, 1);
   for (int64_t m = 0; m < n; m++) fill_row(in, m, x.at(m), x.bf16, s.jobs[0].expert.up);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t u = 0; u < inner_units; u++) inner(u);
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < (int64_t)s.jobs.size(); j++) refill(s.jobs[j]);
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t u = 0; u < outer_units; u++) outer(u);
-#pragma omp for schedule(static)
-    for (int64_t m = 0; m < n; m++) mix(m);
-  }
+  pool.run(inner_units, 2, threads, inner);
+  pool.run(s.jobs.size(), 1, threads, [&](int64_t j) { refill(s.jobs[j]); });
+  pool.run(outer_units, 2, threads, outer);
+  pool.run(n, 1, n < 8 ? 1 : threads, mix);
 }

@@ -1,8 +1,8 @@
 // y = x W^T + bias for few rows of x: decoding, checking drafts, the rows of one expert. Bound by reading W.
+#include "pool.h"
 #include "rows.h"
 
 static const int64_t BATCH = 256;         // rows of x that are prepared together: they stay in the second-level cache
-static const int64_t FORK_BYTES = 1 << 18;  // work below this is done sooner than another thread wakes
 static const int64_t CHUNK_BYTES = 1 << 16;
 
 static void multiply(const Weight* parts, int32_t count, const Matrix& x, int64_t rows, const Matrix* bias, const Matrix& y) {
@@ -18,8 +18,8 @@ static void multiply(const Weight* parts, int32_t count, const Matrix& x, int64_
       const Weight& w = parts[i];
       const bool again = i == 0 || form_of(w) != form_of(parts[i - 1]) || w.group != parts[i - 1].group || w.kind != parts[i - 1].kind;
       if (again) in = make_inputs(w, x.bf16, n, room);
-      const int64_t panels = ceil_div(w.rows, PANEL), bytes = panels * panel_bytes(w) * n;
-      const int threads = bytes >= FORK_BYTES ? omp_get_max_threads() : 1;
+      const int64_t panels = ceil_div(w.rows, PANEL);
+      const int threads = threads_for(panels * panel_bytes(w), n);
       const int64_t chunk = std::max<int64_t>(1, std::min(CHUNK_BYTES / panel_bytes(w), panels / (4 * threads)));
       auto fill = [&](int64_t m) { fill_row(in, m, x.at(first + m), x.bf16, w); };
       auto work = [&](int64_t p) {
@@ -30,24 +30,8 @@ static void multiply(const Weight* parts, int32_t count, const Matrix& x, int64_
         for (int64_t m = 0; m < n; m++)
           store_numbers(y.at(first + m, column + begin), y.bf16, load<f32x16>(out + m * PANEL) + b, width);
       };
-      if (threads == 1) {
-        if (again)
-          for (int64_t m = 0; m < n; m++) fill(m);
-        for (int64_t p = 0; p < panels; p++) work(p);
-      } else {
-        const bool shared = n >= 16;
-        if (again && !shared)
-          for (int64_t m = 0; m < n; m++) fill(m);
-#pragma omp parallel num_threads(threads)
-        {
-          if (again && shared) {
-#pragma omp for schedule(static)
-            for (int64_t m = 0; m < n; m++) fill(m);
-          }
-#pragma omp for schedule(dynamic, chunk) nowait
-          for (int64_t p = 0; p < panels; p++) work(p);
-        }
-      }
+      if (again) Pool::get().run(n, 4, n < 16 ? 1 : threads, fill);
+      Pool::get().run(panels, chunk, threads, work);
       column += w.rows;
     }
   }
@@ -67,6 +51,22 @@ extern "C" void jevons_linear_plain(void* codes, int32_t kind, int64_t out, int6
                                     int64_t rows, void* bias, int32_t bias_bf16, void* y) {
   const Weight w = {(const uint8_t*)codes, nullptr, out, columns, kind, 0};
   jevons_linear(&w, 1, x, stride, bf16, rows, bias, bias_bf16, y);
+}
+
+// FP8 blocks as numbers, float32 or bf16: [rows, columns].
+extern "C" void jevons_unpack(const Weight* w, int32_t bf16, void* to) {
+  const Matrix y = {(uint8_t*)to, w->columns, bf16};
+  Pool::get().run(w->rows, 16, threads_for(w->rows * w->columns, 1), [&](int64_t row) {
+    const float* scale = (const float*)w->scale + row / BLOCK * ceil_div(w->columns, BLOCK);
+    for (int64_t k = 0; k < w->columns; k += 16) {
+      const int64_t n = std::min<int64_t>(16, w->columns - k);
+      u8x16 codes = {};
+      memcpy(&codes, w->codes + row * w->columns + k, n);
+      const u32x16 u = __builtin_convertvector(codes, u32x16), magnitude = u & 0x7F;
+      const f32x16 v = (f32x16)((magnitude << 20) | ((u & 0x80) << 24)) * 0x1p120f;
+      store_numbers(y.at(row, k), bf16, (f32x16)((u32x16)v | (u32x16)(magnitude == 0x7F)) * scale[k / BLOCK], n);
+    }
+  });
 }
 
 // [rows, dim]: x / sqrt(mean(x^2) + eps) * weight, in x's precision.

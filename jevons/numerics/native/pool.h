@@ -1,0 +1,99 @@
+// Threads that share one product's rows. OpenMP's end of a region waits for every thread, also for one that was asleep and finds
+// nothing left: 30 to 60 microseconds, longer than most products of a decode step. Here whoever comes late is not waited for.
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+#include <omp.h>
+
+class Pool {
+ public:
+  static Pool& get() {
+    static Pool* pool = new Pool;  // never destroyed: its threads may be asleep when the process ends
+    return *pool;
+  }
+
+  // work(i) for every i in [0, count), `chunk` at a time, on up to `threads` threads, the caller's among them.
+  template <class F>
+  void run(int64_t count, int64_t chunk, int threads, const F& work) {
+    if (threads <= 1 || count <= chunk || !busy.try_lock()) {
+      for (int64_t i = 0; i < count; i++) work(i);
+      return;
+    }
+    while (started < threads - 1) std::thread(&Pool::serve, this, started++).detach();
+    next = 0, total = count, step = chunk, helpers = threads - 1, context = &work;
+    call = [](const void* f, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) (*(const F*)f)(i);
+    };
+    state.fetch_or(OPEN);
+    if (asleep > 0) {
+      { std::lock_guard<std::mutex> lock(mutex); }
+      wake.notify_all();
+    }
+    take();
+    state.fetch_and(~OPEN);
+    while (state.load() != 0) pause();
+    busy.unlock();
+  }
+
+ private:
+  static const uint64_t OPEN = 1ull << 32;
+  std::mutex busy, mutex;  // `busy`: one product at a time; a second caller works alone
+  std::condition_variable wake;
+  std::atomic<uint64_t> state{0};  // OPEN, plus the helpers within
+  std::atomic<int64_t> next{0};
+  std::atomic<int> asleep{0};
+  int64_t total = 0, step = 1;
+  int started = 0, helpers = 0;
+  const void* context = nullptr;
+  void (*call)(const void*, int64_t, int64_t) = nullptr;
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void take() {
+    for (int64_t i; (i = next.fetch_add(step)) < total;) call(context, i, std::min(i + step, total));
+  }
+
+  bool enter(int index) {
+    uint64_t s = state.load();
+    while (s & OPEN) {
+      if (!state.compare_exchange_weak(s, s + 1)) continue;
+      if (index < helpers) return true;
+      state.fetch_sub(1);
+      return false;
+    }
+    return false;
+  }
+
+  void serve(int index) {
+    const auto patience = std::chrono::microseconds(50);  // the next product of a step usually comes within it
+    auto since = std::chrono::steady_clock::now();
+    for (int turn = 0;; turn++) {
+      if (enter(index)) {
+        take();
+        state.fetch_sub(1);
+        since = std::chrono::steady_clock::now();
+        while (state.load() & OPEN) pause();
+      } else if (turn % 64 == 0 && std::chrono::steady_clock::now() - since > patience) {
+        std::unique_lock<std::mutex> lock(mutex);
+        asleep++;
+        wake.wait(lock, [&] { return (state.load() & OPEN) != 0; });
+        asleep--;
+        since = std::chrono::steady_clock::now();
+      } else {
+        pause();
+      }
+    }
+  }
+};
+
+// Threads for work that reads so many bytes of weights for so many rows; below a limit another thread is not worth waking.
+static inline int threads_for(int64_t bytes, int64_t rows) { return bytes * rows >= (1 << 19) ? omp_get_max_threads() : 1; }
