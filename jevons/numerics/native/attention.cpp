@@ -148,7 +148,7 @@ void attend_span(const Heads& h, const Q* q, int64_t q_stride, const Cells<Cell>
         for (int r = 0; r < rows.count; r += ROWS)
             in_registers(rows.count - r, [&](auto height) {
                 for (int c = 0; c < padded; c += CELLS) {
-                    for (const int until = std::min(coming, fetched + CELLS); fetched < until; fetched++) {
+                    for (const int until = std::min(coming, fetched + 2 * CELLS); fetched < until; fetched++) {
                         prefetch(ahead[fetched] + key_at, width);
                         if (value_at >= key_at + width) prefetch(ahead[fetched] + value_at, h.value);
                     }
