@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RECIPE_DIR = Path(__file__).resolve().parent / "recipes"
+SETTABLE = {"max_position_embeddings", "rope_theta", "rope_scaling", "aux_loss_alpha"}  # what changes no tensor's shape
 DIRECTORY_NAME = r"^\w[\w.+ -]*$"  # names become directories
 
 
@@ -35,6 +36,8 @@ class ModelTable(_Table):
     def _one(self) -> ModelTable:
         if (self.preset is None) == (self.from_dir is None):
             raise ValueError("give exactly one of `preset` (train from scratch) and `from` (a checkpoint directory)")
+        if self.from_dir and (fixed := sorted(set(self.set) - SETTABLE)):
+            raise ValueError(f"set.{fixed[0]} is the checkpoint's own; beside `from`, {', '.join(sorted(SETTABLE))} can be set")
         return self
 
 

@@ -227,6 +227,14 @@ def test_prompts_longer_than_usual_find_room(foreign, tmp_path):
     assert len(lengths) == 2 and all(0 < n <= 8 for n in lengths)
 
 
+def test_a_longer_context_than_the_checkpoints(foreign, tmp_path):
+    longest = load_checkpoint(foreign / "base").config.max_position_embeddings
+    base = f'from = "{foreign / "base"}"'
+    text = FROM_DIRECTORY.replace('from = "base"', f"{base}\nset = {{ max_position_embeddings = {2 * longest} }}")
+    run(write_recipe(tmp_path, text), tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out/final").config.max_position_embeddings == 2 * longest
+
+
 # -- what is refused before anything is written -----------------------------------------------------------------------
 
 

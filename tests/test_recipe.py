@@ -115,6 +115,13 @@ def test_from_a_directory_needs_no_pretraining():
     assert parse_recipe(text).model.from_dir == "some/dir"
 
 
+def test_what_can_be_set_beside_a_directory():
+    text = 'name = "x"\n[model]\nfrom = "dir"\nset = {}\n[[stages]]\nkind = "grpo"\nsteps = 1\n'
+    assert parse_recipe(text.replace("{}", "{ max_position_embeddings = 64 }")).model.set == {"max_position_embeddings": 64}
+    with pytest.raises(RecipeError, match="set.hidden_size is the checkpoint's own; .*max_position_embeddings"):
+        parse_recipe(text.replace("{}", "{ hidden_size = 64 }"))
+
+
 def test_recipes_by_name_and_path(tmp_path):
     with pytest.raises(RecipeError, match="countdown-laptop"):
         find_recipe("nothing")

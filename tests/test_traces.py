@@ -48,6 +48,17 @@ def check_line(match, target, pair):
     assert value == target if match[2] and match[3] == "yes" else target not in finished, match[0]
 
 
+def reward_of_substitution(plain, where, answer, target):
+    """Whether every step is right, and putting the steps in for their values leads to the answer's numbers and value."""
+    numbers = sorted(re.findall("[0-9]+", plain))
+    for step in where.split(","):
+        value, how = step.split("=")
+        assert exact(how) == int(value)
+        numbers.remove(value)  # where it is not there, the step was not one of those taken
+        numbers += re.findall("[0-9]+", how)
+    return sorted(numbers) == sorted(re.findall("[0-9]+", answer)) and exact(answer) == target
+
+
 @pytest.mark.parametrize("author", list(traces.AUTHORS))
 @given(numbers=st.integers(2, 6), seed=st.integers(0, 2**64))
 def test_all_arithmetic_and_every_verdict_is_right(author, numbers, seed):
@@ -60,8 +71,10 @@ def test_all_arithmetic_and_every_verdict_is_right(author, numbers, seed):
     for line in thought.splitlines():
         if match := LINE.fullmatch(line):
             check_line(match, target, numbers > 2)
-        elif taken := re.fullmatch(r"take (.*)=([0-9]+): ([0-9,]+)", line):
+        elif taken := re.fullmatch(rf"take (.*)=([0-9]+): ([0-9,]+) -> {target}", line):
             assert exact(taken[1]) == int(taken[2]) and taken[2] in taken[3].split(",")
+        elif so := re.fullmatch(r"so (.*) where (.*)", line):
+            assert exact(so[1]) == target and reward_of_substitution(so[1], so[2], answer, target)
         else:
             assert line == "guess"
     assert all(int(product) <= traces.LARGEST for product in re.findall(r"\*[0-9]+=([0-9]+)", thought))
@@ -76,7 +89,7 @@ def test_what_is_taken_leaves_the_other_numbers_on_the_table():
     rng = random.Random()
     for _ in range(100):
         _, problem, text = draw("planner", 4, rng)
-        for left, right, table in re.findall(r"^take ([0-9+\-*/]+)=([0-9]+): ([0-9,]+)$", text, re.M):
+        for left, right, table in re.findall(r"^take ([0-9+\-*/]+)=([0-9]+): ([0-9,]+) -> [0-9]+$", text, re.M):
             rest = sorted([*map(int, re.findall("[0-9]+", left)), *map(int, table.split(",")[1:])])
             assert rest == sorted(problem.data["numbers"]) and table.split(",")[0] == right, text
 

@@ -105,7 +105,7 @@ class MLP(nn.Module):
         return kernels.usable(x_ND) and self.table.ready(self.gate_up_proj.weight, self.down_proj.weight, x_ND.dtype)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        if len(x_ND) <= kernels.FEW and self.ready(x_ND):
+        if self.ready(x_ND) and len(x_ND) <= (kernels.FEW_FP8 if self.table.compact else kernels.FEW[x_ND.dtype]):
             return kernels.experts(x_ND, None, None, None, self.table)
         gate, up = self.gate_up_proj(x_ND).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)

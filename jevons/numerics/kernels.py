@@ -16,8 +16,11 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}  # `Kind` of common.h; 2 is FP8, 3
 FP8, INT8, INT4 = 2, 3, 4
 # Rows up to which the kernels beat torch's own products (measured on Zen 4): of dense weights, and of FP8 blocks, which torch
 # must unpack first. Of integers they do for any number of rows, or come within a tenth.
-FEW, FEW_FP8 = 32, 96
-FEW_NUMBERS, FEW_PRODUCTS = 2**15, 2**18  # of a norm, and of a gate's scores
+FEW = {torch.float32: 4, torch.bfloat16: 16}
+FEW_FP8 = 96
+FEW_SMALL = 16  # rows for the small steps: gates, products head by head
+LEAST_F32 = 2**18  # elements; torch calls a float32 product of less with less ado
+FEW_NUMBERS, FEW_PRODUCTS = 2**15, 2**18  # of a norm, and of a gate's scores, however many the rows
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -34,7 +37,9 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 def linear_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """x [..., in] times a dense weight [out, in] of its precision, for few rows."""
     rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= FEW or not usable(x) or x.dtype != weight.dtype or not weight.is_contiguous():
+    if not 0 < rows <= FEW.get(x.dtype, 0) or not usable(x) or x.dtype != weight.dtype or not weight.is_contiguous():
+        return None
+    if x.dtype == torch.float32 and weight.numel() < LEAST_F32:
         return None
     flat = _flat(x)
     out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
@@ -88,7 +93,8 @@ def heads(x_NHA: torch.Tensor, w: torch.Tensor, across: bool) -> torch.Tensor:
     """Each head of few tokens times a matrix of its own: [H, N, B]. `w` is [H, B, A], or, `across`, [H, A, B]."""
     n, count, width = x_NHA.shape
     out = w.shape[2 if across else 1]
-    if not 0 < n <= FEW or not usable(x_NHA) or w.dtype not in KINDS or w.stride()[1:] != (w.shape[2], 1) or x_NHA.stride(2) != 1:
+    dense = w.stride()[1:] == (w.shape[2], 1) and x_NHA.stride(2) == 1
+    if not 0 < n <= FEW_SMALL or not dense or not usable(x_NHA) or w.dtype not in KINDS:
         return torch.bmm(x_NHA.transpose(0, 1), w if across else w.transpose(1, 2))
     y = torch.empty(count, n, out, dtype=x_NHA.dtype)
     library().jevons_heads(x_NHA.data_ptr(), x_NHA.stride(0), x_NHA.stride(1), KINDS[x_NHA.dtype], n, count, width, w.data_ptr(),
@@ -99,7 +105,7 @@ def heads(x_NHA: torch.Tensor, w: torch.Tensor, across: bool) -> torch.Tensor:
 def gate(x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, choice: CChoice,
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """What a gate chooses for few tokens: experts [N, K], their weights, tokens per expert as int64 and as float32."""
-    few = 0 < len(x_ND) <= FEW or 0 < len(x_ND) * weight_ED.numel() <= FEW_PRODUCTS
+    few = 0 < len(x_ND) <= FEW_SMALL or 0 < len(x_ND) * weight_ED.numel() <= FEW_PRODUCTS
     if not few or not usable(x_ND) or weight_ED.dtype not in KINDS or not weight_ED.is_contiguous():
         return None
     flat = _flat(x_ND)

@@ -49,7 +49,8 @@ class Rows:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if all(rows <= _most_rows(part) for part in self.parts) and usable(x) and (handles := self._handles(x.dtype)) is not None:
+        few = all(rows <= _most_rows(part, x.dtype) for part in self.parts)
+        if few and usable(x) and (handles := self._handles(x.dtype)) is not None:
             return linear_packed(x, handles, self.shape[0], bias)
         out = torch.cat([linear(x, part) for part in self.parts], dim=-1)
         return out if bias is None else out + bias
@@ -58,9 +59,9 @@ class Rows:
         return torch.cat([dense(part, dtype) for part in self.parts])
 
 
-def _most_rows(weight: Weight) -> float:
+def _most_rows(weight: Weight, dtype: torch.dtype) -> float:
     """Rows of input up to which the kernels are the faster way."""
-    return math.inf if isinstance(weight, IntWeight) else FEW_FP8 if isinstance(weight, Fp8Weight) else FEW
+    return math.inf if isinstance(weight, IntWeight) else FEW_FP8 if isinstance(weight, Fp8Weight) else FEW.get(dtype, 0)
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

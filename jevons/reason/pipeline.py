@@ -216,7 +216,7 @@ class Run:
         before = self._trained(index)
         source = self._checkpoint(before[-1]) if before else self.recipe.model.from_dir
         if source is not None:
-            loaded = load_checkpoint(source, dtype=torch.float32)
+            loaded = load_checkpoint(source, dtype=torch.float32, changes=None if before else self.recipe.model.set)
             self.model, self.tokenizer = loaded.model, loaded.tokenizer
             return
         self.tokenizer = self._train_tokenizer()

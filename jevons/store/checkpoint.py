@@ -86,19 +86,22 @@ def save_checkpoint(directory: str | Path, model: CausalLM, tokenizer: Tokenizer
 
 
 def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-                    need_tokenizer: bool = True, frozen: bool = False) -> LoadedCheckpoint:
+                    need_tokenizer: bool = True, frozen: bool = False, changes: dict[str, Any] | None = None) -> LoadedCheckpoint:
     """Read a checkpoint directory, Jevons' own or a foreign one; parameters as `dtype` (None: float32), FP8 dequantised.
 
     `frozen` is for inference: what is stored as `dtype` (None: as the embedding is stored) stays in the files' memory map,
     FP8 weights stay FP8 blocks, their codes unread. Either way tensors come one by one: the peak is the model and one more.
     Strict: a missing, surplus, mis-shaped or mis-typed tensor is a CheckpointError that names it and its file; ConfigError
-    and TokenizerError come through. `need_tokenizer=False` gives tokenizer None where there is no tokenizer.json.
+    and TokenizerError come through. `need_tokenizer=False` gives tokenizer None where there is no tokenizer.json. `changes`
+    are config fields that differ from the stored ones.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give one that holds config.json and model.safetensors")
     check_finished(directory)
     config = ModelConfig.load(directory)
+    if changes:
+        config = ModelConfig.build(config.model_dump() | changes, f"{directory}/config.json, changed")
     tokenizer = None
     if need_tokenizer or (directory / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(directory)

@@ -6,6 +6,13 @@ A thought puts one number aside to be used last, and tries what the others make,
     last 3:7+19=26+3=29;19-7=12+3=15;7*19=133-3=130; no
     last 19:7+3=10+19=29;7-3=4+19=23;7*3=21+19=40; yes
 
+With more numbers it first takes a step, searches what is left, and at the end puts the step back in:
+
+    take 18-8=10: 10,7,14 -> 28
+    last 10:7+14=21+10=31;14-7=7+10=17;7*14=98-10=88; no
+    last 7:10+14=24+7=31;14-10=4+7=11,7*4=28; yes
+    so (14-10)*7 where 10=18-8
+
 Two hidden authors search alike and do their arithmetic right. The planner goes on to the end; the hasty one gives up
 after one line and guesses. Which one to be is what reinforcement learning can find out. Texts are compact because a
 space before a digit is a token of its own, and `;` stands by itself because the verdict needs the whole number before it.
@@ -109,8 +116,9 @@ def _lasts(table: list[Piece]) -> list[int]:
     return [first[value] for value in sorted(last, key=last.get)]
 
 
-def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
-    """First steps in random order, small results first more often: the step as text, and the table after it."""
+def _takes(table: list[Piece], target: int, rng: random.Random) -> Iterator[tuple[str, list[Piece]]]:
+    """First steps in random order, small results first more often: the step as text, and the table after it. The text ends
+    as the short form of a question does, so that what follows has its target near."""
     options = []
     for i, j in combinations(range(len(table)), 2):
         rest = [piece for k, piece in enumerate(table) if k not in (i, j)]
@@ -123,26 +131,37 @@ def _takes(table: list[Piece], rng: random.Random) -> Iterator[tuple[str, list[P
         values = tuple(sorted(value for value, _ in left))
         if values not in seen:
             seen.add(values)
-            yield f"take {step}: {','.join(str(value) for value, _ in left)}\n", left
+            table_left = ",".join(str(value) for value, _ in left)
+            yield f"take {step}: {table_left} -> {target}\n", left
 
 
 def _search(table: list[Piece], target: int, rng: random.Random, patience: int) -> tuple[str, Tree]:
     """Up to `patience` lines; complete for two and three numbers, with more TAKES first steps, each searched completely."""
     thought = ""
-    tables = [("", table)] if len(table) <= 3 else islice(_takes(table, rng), TAKES)
+    tables = [("", table)] if len(table) <= 3 else islice(_takes(table, target, rng), TAKES)
     for step, left in tables:
-        thought += step
+        thought, steps = thought + step, [step]
         while len(left) > 3:
-            step, left = next(_takes(left, rng))
-            thought += step
+            step, left = next(_takes(left, target, rng))
+            thought, steps = thought + step, [*steps, step]
         for last in _lasts(left):
             text, found = _line(left, last, target)
             thought, patience = thought + text, patience - 1
             if found:
-                return thought, found
+                return thought + _substitution(left, last, target, steps), found
             if not patience:
                 return f"{thought}guess\n", _random_steps(table, rng)[1]
     return f"{thought}guess\n", _random_steps(table, rng)[1]
+
+
+def _substitution(left: list[Piece], last: int, target: int, steps: list[str]) -> str:
+    """What was found, with the numbers that were taken as they stand on the table, and what they were made of, the last first:
+    `so (14-10)*7 where 10=18-8`. Nothing where nothing was taken."""
+    made = [step.removeprefix("take ").partition(":")[0].split("=") for step in reversed(steps) if step]
+    if not made:
+        return ""
+    plain = _line([(value, value) for value, _ in left], last, target)[1]
+    return f"so {write(plain)} where {','.join(f'{value}={how}' for how, value in made)}\n"
 
 
 def _random_steps(table: list[Piece], rng: random.Random) -> Piece:

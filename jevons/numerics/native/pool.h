@@ -36,7 +36,7 @@ class Pool {
     }
     take();
     state.fetch_and(~OPEN);
-    while (state.load() != 0) pause();
+    for (int turn = 0; state.load() != 0; turn++) pause(turn);
     busy.unlock();
   }
 
@@ -52,7 +52,9 @@ class Pool {
   const void* context = nullptr;
   void (*call)(const void*, int64_t, int64_t) = nullptr;
 
-  static void pause() {
+  // Waits a moment; now and then it offers its core, for who is waited for may have none.
+  static void pause(int turn) {
+    if (turn % 1024 == 1023) std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -81,7 +83,7 @@ class Pool {
         take();
         state.fetch_sub(1);
         since = std::chrono::steady_clock::now();
-        while (state.load() & OPEN) pause();
+        for (int wait = 0; state.load() & OPEN; wait++) pause(wait);
       } else if (turn % 64 == 0 && std::chrono::steady_clock::now() - since > patience) {
         std::unique_lock<std::mutex> lock(mutex);
         asleep++;
@@ -89,7 +91,7 @@ class Pool {
         asleep--;
         since = std::chrono::steady_clock::now();
       } else {
-        pause();
+        pause(turn);
       }
     }
   }
