@@ -13,96 +13,19 @@ logits of the reference are more than --gap apart.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 
+from jevons.bench.llama_cpp import LlamaCpp
 from jevons.data.tokenizer import Tokenizer
 from jevons.store.checkpoint import load_checkpoint
 from jevons.tasks.registry import load_task
-
-
-class _Params(ctypes.Structure):
-    """llama.cpp's parameter records, larger than any version's: passed by value on the stack, the callee reads its part."""
-
-    _fields_ = [("word", ctypes.c_uint32 * 256)]
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [("n_tokens", ctypes.c_int32), *((name, ctypes.c_void_p) for name in (
-        "token", "embd", "pos", "n_seq_id", "seq_id", "logits"))]
-
-
-class LlamaCpp:
-    """One model in llama.cpp's own shared library, unpatched, with its defaults but for sizes and one thread."""
-
-    def __init__(self, lib: Path, model: Path, context: int = 1024):
-        find = lambda stem: next(p for p in sorted(lib.glob(f"{stem}*.so*")) if p.name[len(stem)] == ".")
-        ctypes.CDLL(str(find("libggml-base")), ctypes.RTLD_GLOBAL)
-        ggml = ctypes.CDLL(str(find("libggml")), ctypes.RTLD_GLOBAL)
-        self.lib = ctypes.CDLL(str(find("libllama")), ctypes.RTLD_GLOBAL)
-        self._quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(self._log)
-        self.said: list[str] = []
-        self.lib.llama_log_set(self._quiet, None)
-        ggml.ggml_backend_load_all_from_path(str(lib).encode())
-        self.lib.llama_backend_init()
-        self.model = self._call("llama_model_load_from_file", ctypes.c_void_p, str(model).encode(),
-                                self._call("llama_model_default_params", _Params))
-        if not self.model:
-            raise ValueError(f"llama.cpp does not load {model}: {''.join(self.said[-6:])}")
-        params = self._call("llama_context_default_params", _Params)
-        if list(params.word[:4]) != [512, 2048, 512, 1]:  # n_ctx, n_batch, n_ubatch, n_seq_max
-            raise ValueError(f"llama.cpp's context parameters begin with {list(params.word[:4])}, not as known here")
-        params.word[0] = params.word[1] = params.word[2] = context
-        threads = next(i for i in range(4, 16) if params.word[i] == params.word[i + 1] == 4)
-        params.word[threads] = params.word[threads + 1] = 1
-        self.context = self._call("llama_init_from_model", ctypes.c_void_p, ctypes.c_void_p(self.model), params)
-        self.vocab = self._call("llama_model_get_vocab", ctypes.c_void_p, ctypes.c_void_p(self.model))
-        self.size = self._call("llama_vocab_n_tokens", ctypes.c_int32, ctypes.c_void_p(self.vocab))
-
-    def _log(self, level: int, text: bytes, _: object) -> None:
-        self.said.append(text.decode("utf-8", "replace"))
-
-    def _call(self, name: str, result, *args):
-        function = getattr(self.lib, name)
-        function.restype = result
-        return function(*args)
-
-    def chat_template(self) -> str:
-        text = self._call("llama_model_chat_template", ctypes.c_char_p, ctypes.c_void_p(self.model), None)
-        return (text or b"").decode()
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a rendered prompt: nothing added, special tokens read from their text."""
-        raw = text.encode()
-        room = (ctypes.c_int32 * (len(raw) + 8))()
-        n = self._call("llama_tokenize", ctypes.c_int32, ctypes.c_void_p(self.vocab), raw, len(raw), room,
-                       len(room), False, True)
-        return list(room[:n])
-
-    def logits(self, ids: list[int], past: int = 0) -> np.ndarray:
-        """[len(ids), vocabulary] float32 in one batch: of a new sequence, or of one that has `past` tokens in the cache."""
-        n = len(ids)
-        if not past:
-            memory = self._call("llama_get_memory", ctypes.c_void_p, ctypes.c_void_p(self.context))
-            self._call("llama_memory_clear", None, ctypes.c_void_p(memory), True)
-        zero = (ctypes.c_int32 * 1)(0)
-        arrays = [(ctypes.c_int32 * n)(*ids), (ctypes.c_int32 * n)(*range(past, past + n)), (ctypes.c_int32 * n)(*[1] * n),
-                  (ctypes.c_void_p * n)(*[ctypes.addressof(zero)] * n), (ctypes.c_int8 * n)(*[1] * n)]
-        token, pos, counts, seqs, want = [ctypes.addressof(a) for a in arrays]
-        batch = _Batch(n, token, None, pos, counts, seqs, want)
-        if self._call("llama_decode", ctypes.c_int32, ctypes.c_void_p(self.context), batch):
-            raise ValueError(f"llama_decode failed: {''.join(self.said[-3:])}")
-        rows = [np.ctypeslib.as_array(self._call("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float),
-                                                 ctypes.c_void_p(self.context), i), (self.size,)).copy() for i in range(n)]
-        return np.stack(rows)
 
 
 def reference_logits(checkpoint: Path, kind: str) -> Callable[[list[int]], torch.Tensor]:

@@ -192,6 +192,34 @@ def convert(checkpoint: CheckpointArgument,
     convert_checkpoint(checkpoint, to, out, gguf_type, force)
 
 
+@app.command()
+def bench(model: Annotated[str, typer.Argument(help="checkpoint directory, or a random model: small, M, L")] = "small",
+          what: Annotated[str, typer.Option(
+              "--what", help="comma-separated: offline, single, prefill, ttft, load, prefix, speculation")] = "",
+          peers: Annotated[str, typer.Option("--peers", help="auto, none, transformers, llama.cpp")] = "auto",
+          weights: Annotated[str, typer.Option("--weights", help="float32, bf16, int8, fp8, int4")] = "bf16",
+          threads: Annotated[int | None, typer.Option("--threads", help="at most, for every side (default: the cores)")] = None,
+          repeat: Annotated[int, typer.Option("--repeat", help="times that each side is measured, in turns")] = 3,
+          requests: Annotated[int, typer.Option("--requests", help="of offline and load")] = 64,
+          prompt_tokens: Annotated[int | None, typer.Option(
+              "--prompt-tokens", help="of prefill and prefix (default: 2000, or what the context holds)")] = None,
+          tokens: Annotated[int, typer.Option("--tokens", help="that single decodes")] = 128,
+          load_seconds: Annotated[float, typer.Option("--load-seconds", min=0, help="about how long load lasts")] = 20.0,
+          prompts: Annotated[int, typer.Option("--prompts", help="of speculation")] = 200,
+          drafts: Annotated[int, typer.Option("--drafts", help="of speculation, a pass")] = 1,
+          directory: Annotated[Path | None, typer.Option("--dir", help="keep made models and GGUF files here")] = None,
+          seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+          as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+          html: Annotated[Path | None, typer.Option("--html", help="write a page with plots")] = None) -> None:
+    """How fast this engine is here, beside transformers and llama.cpp: same weights, same requests, one run."""
+    from jevons.bench.run import MEASURES, Options
+    from jevons.terminal.bench import show_bench
+
+    chosen = tuple(dict.fromkeys(part.strip() for part in what.split(","))) if what else MEASURES
+    show_bench(Options(model, chosen, peers, weights, threads, repeat, requests, prompt_tokens, tokens, load_seconds, prompts,
+                       drafts, directory, seed), as_json, html)
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:

@@ -107,7 +107,7 @@ def show_plan(model: str, options: Any, as_json: bool, html: Path | None, publis
     if as_json:
         print(json.dumps(plan, indent=2))
         return
-    _print(f"{plan['name']}  {plan['architecture']}", sections(plan))
+    print_sections(f"{plan['name']}  {plan['architecture']}", sections(plan))
     if html is not None:
         print(f"wrote {html}")
 
@@ -121,10 +121,10 @@ def _show_published(as_json: bool) -> None:
         print(json.dumps([asdict(f) for f in figures()], indent=2))
         return
     rows = [[f.what, f.show.format(f.published), f.show.format(f.computed), f.inputs] for f in figures()]
-    _print("Published beside computed", [Section("", ["what", "published", "computed", "inputs"], rows)])
+    print_sections("Published beside computed", [Section("", ["what", "published", "computed", "inputs"], rows)])
 
 
-def _print(title: str, parts: list[Section]) -> None:
+def print_sections(title: str, parts: list[Section]) -> None:
     """One column; two where the terminal is wide enough."""
     from rich import box
     from rich.console import Console, Group

@@ -8,7 +8,7 @@ from typing import Any
 
 from jevons.terminal.plan import Section, duration, money, short
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --bg: light-dark(#faf9f6, #141618); --card: light-dark(#fff, #1b1e21);
   --line: light-dark(#e5e1d9, #2c3035); --text: light-dark(#1e2124, #e9e7e2); --soft: light-dark(#5e656c, #a3a9af);
   --c0: light-dark(#1f6f6b, #6cc5b9); --c1: light-dark(#b9721a, #e3ae62); --c2: light-dark(#6a5fb0, #a9a0ea);
@@ -42,7 +42,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "") 
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
 
 
-def _bars(rows: list[tuple[str, float, str]], limit: float = 0.0, limit_text: str = "") -> str:
+def bars(rows: list[tuple[str, float, str]], limit: float = 0.0, limit_text: str = "") -> str:
     """One bar a row, from one zero; a dashed line at `limit`."""
     most, left, right = max(limit, *(v for _, v, _ in rows)) or 1.0, 138, 116
     scale, top = (_W - left - right) / most, 18 if limit else 2
@@ -89,11 +89,11 @@ def _curves(lines: list[tuple[str, list[tuple[float, float]]]]) -> str:
     return _svg(top + height + 32 + -(-len(lines) // 2) * 19, body, "tokens a second against users at once")
 
 
-def _figure(title: str, plot: str, caption: str) -> str:
+def figure(title: str, plot: str, caption: str) -> str:
     return f"<figure><h2>{escape(title)}</h2>{plot}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(part: Section) -> str:
+def table(part: Section) -> str:
     def row(cells: list[str], tags: tuple[str, str]) -> str:
         return "<tr>" + "".join(f"<{(t := tags[i > 0])}>{escape(cell)}</{t}>" for i, cell in enumerate(cells)) + "</tr>"
 
@@ -119,14 +119,14 @@ def page(plan: dict[str, Any], parts: list[Section]) -> str:
             ("cache a token", short(own, "B")), ("training", f"{money(total['dollars'])}, {duration(total['seconds'] / 86400)}"),
             ("on the fullest GPU", short(m["total"], "B"))]
     body = "".join(f"<div><b>{escape(v)}</b><span class=soft>{escape(k)}</span></div>" for k, v in keys)
-    plots = [_figure("Parameters by part", _bars(shares), "the MTP module is not part of the total" if p["mtp"] else ""),
-             _figure("Cache per token, bf16", _bars(cache), "other kinds of attention at the same layers and heads"),
-             _figure("Memory of the fullest GPU", _bars(held, m["capacity"], f"{short(m['capacity'], 'B')} of {t['title']}"),
+    plots = [figure("Parameters by part", bars(shares), "the MTP module is not part of the total" if p["mtp"] else ""),
+             figure("Cache per token, bf16", bars(cache), "other kinds of attention at the same layers and heads"),
+             figure("Memory of the fullest GPU", bars(held, m["capacity"], f"{short(m['capacity'], 'B')} of {t['title']}"),
                      next(s.note for s in parts if s.title.startswith("Memory"))),
-             _figure("Tokens per second of all users, by users at once", _curves(list(curves.values())),
+             figure("Tokens per second of all users, by users at once", _curves(list(curves.values())),
                      f"bounds; {serve['context']:,} tokens cached a user; lines end where memory does")]
     small, wide = ([s for s in parts if (len(s.head) > 4) == big] for big in (False, True))
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{escape(plan['name'])}: what it costs</title><style>{_STYLE}</style><main><h1>{escape(plan['name'])}</h1>"
+            f"<title>{escape(plan['name'])}: what it costs</title><style>{STYLE}</style><main><h1>{escape(plan['name'])}</h1>"
             f'<p class="soft">{escape(plan["architecture"])}</p><div class="keys">{body}</div>'
-            f'<div class="flow">{"".join(plots)}{"".join(map(_table, small))}</div>{"".join(map(_table, wide))}</main></html>\n')
+            f'<div class="flow">{"".join(plots)}{"".join(map(table, small))}</div>{"".join(map(table, wide))}</main></html>\n')
