@@ -138,7 +138,6 @@ def run_cached(model, sequences, pieces, paged):
     extra = random.randrange(4)
     cache = KVCache(model.config, len(sequences) * per_seq + extra, page)
     cache.data.normal_().mul_(50)  # whatever a freed page holds must not matter
-    first = None if paged else extra
     table = torch.arange(len(sequences) * per_seq).view(len(sequences), per_seq) + extra
     if paged:
         table = torch.randperm(cache.data.shape[1])[: table.numel()].view_as(table)
@@ -149,7 +148,7 @@ def run_cached(model, sequences, pieces, paged):
             random.shuffle(active)
         now = [pieces[s][turn] for s in active]
         lens = [len(p) for p in now]
-        meta = build_meta(table[active], [done[s] for s in active], None if set(lens) == {1} else lens, page, first)
+        meta = build_meta(table[active], [done[s] for s in active], None if set(lens) == {1} else lens, page)
         with torch.no_grad():
             hidden = model(torch.tensor([i for p in now for i in p]), meta.positions_N, cache, meta)
         for s, part in zip(active, hidden.split(lens), strict=True):
@@ -158,7 +157,7 @@ def run_cached(model, sequences, pieces, paged):
     return [torch.cat(parts) for parts in outs]
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["view", "paged"])
+@pytest.mark.parametrize("paged", [False, True], ids=["in order", "paged"])
 @pytest.mark.parametrize("how", ["prefill", "chunks", "one by one", "prompt, then one by one"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_is_uncached(name, how, paged):

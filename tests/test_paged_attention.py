@@ -4,7 +4,11 @@ Tables are arbitrary: sequences share their first pages, own pages lie anywhere,
 holds NaN, infinity or a huge number.
 """
 
+import ctypes
+import functools
+import platform
 import random
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from jevons.config import ModelConfig
 from jevons.model import KVCache, attention, build_meta, build_model
 from jevons.numerics import Fp8Weight, native, paged
 from jevons.numerics.fp8 import quantise_blocks
+from jevons.runtime import cpu_info, find_compiler
 
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=f"no native kernels: {native.why_not()}")
 either = pytest.mark.parametrize("path", [pytest.param("native", marks=needs_native), "gathered"])
@@ -192,10 +197,13 @@ LAYERS = {"v3": nano, "v3-plain-q": lambda: nano(q_lora_rank=None), "qwen2": qwe
 @needs_native
 @query_dtypes
 @dtypes
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, "v3 expanded"])
 def test_native_layer_is_the_gathering_one(name, cache_dtype, dtype, monkeypatch):
     """Norm, rotation, what is written to the cache and what comes out; cells of others stay as they are."""
-    config, contexts, lens = LAYERS[name](), [0, 37, 12], [5, 1, 30]
+    config, contexts, lens = LAYERS[name.removesuffix(" expanded")](), [0, 37, 12], [5, 1, 30]
+    if "expanded" in name:
+        monkeypatch.setattr(attention, "EXPAND", -(10**9))
+        monkeypatch.setattr(attention, "MOST_EXPANDED", random.choice([1, 10**4, 10**8]))
     model = lively(config).to(dtype)
     attn, h = model.layers[0].self_attn, torch.randn(sum(lens), config.hidden_size).to(dtype)
     cache, meta, _ = scene(config, contexts, lens, cache_dtype)
@@ -206,7 +214,8 @@ def test_native_layer_is_the_gathering_one(name, cache_dtype, dtype, monkeypatch
     monkeypatch.setattr(paged, "attend", lambda *args: (calls.append(1), real(*args))[1])
     with torch.no_grad():
         got = attn.cached(h, rope, 1, cache, meta)
-        assert calls
+        in_parts = "expanded" in name and attention.MOST_EXPANDED < 10**6
+        assert 1 < len(calls) <= config.num_attention_heads if in_parts else len(calls) == 1
         monkeypatch.setattr(paged, "available", lambda *args: False)
         want = attn.cached(h, rope, 1, other, meta)
     bound = 2e-5 if dtype == torch.float32 == cache_dtype else 2**-6
@@ -217,6 +226,35 @@ def test_native_layer_is_the_gathering_one(name, cache_dtype, dtype, monkeypatch
     torch.testing.assert_close(a[written].float(), b[written].float(), atol=bound * 2, rtol=bound)
     assert torch.equal(a[~written].view(torch.uint8), b[~written].view(torch.uint8)) and written.sum() == sum(lens)
     assert torch.equal(cache.data[0].view(torch.uint8), other.data[0].view(torch.uint8))
+
+
+@needs_native
+def test_prompts_expand_where_that_is_less_work(monkeypatch):
+    """Fresh prompts do, chunks of many tokens do, decode and drafts over a long context do not: by multiplications, counted one
+    by one. The hidden states are the same to 1e-4."""
+    config = nano(kv_lora_rank=64, num_nextn_predict_layers=0, max_position_embeddings=512)
+    model, taken, real = lively(config), [], attention.MLA._attend_expanded
+    monkeypatch.setattr(attention.MLA, "_attend_expanded", lambda *args: (taken.append(1), real(*args))[1])
+    heads, latent, rotary = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    both = config.qk_nope_head_dim + config.v_head_dim
+    for contexts, lens in ([0, 0], [40, 3]), ([300, 9], [1, 1]), ([300], [4]), ([90], [80]), ([200, 0, 3], [2, 60, 30]):
+        monkeypatch.setattr(attention, "EXPAND", 0)
+        absorbed = expanded = 0
+        for context, length in zip(contexts, lens, strict=True):
+            for i in range(length):
+                absorbed += heads * ((context + i + 1) * (2 * latent + rotary) + latent * both)
+                expanded += heads * (context + i + 1) * (both + rotary)
+            expanded += heads * (context + length) * latent * both
+        cache, meta, _ = scene(config, contexts, lens, torch.float32)
+        cache.layers[0].copy_(cache.layers[1])
+        ids, before = torch.tensor(random_ids(sum(lens))), cache.data.clone()
+        with torch.no_grad():
+            first = model(ids, meta.positions_N, cache, meta)
+            assert bool(taken) == (expanded < absorbed and max(lens) > 1)
+            cache.data.copy_(before)
+            monkeypatch.setattr(attention, "EXPAND", -(10**12) if not taken else 10**12)
+            torch.testing.assert_close(model(ids, meta.positions_N, cache, meta), first, atol=1e-4, rtol=1e-4)
+        taken.clear()
 
 
 @needs_native
@@ -296,6 +334,25 @@ def test_meta_of_every_kind():
         assert meta.cells_N.tolist() == [table[s, p // page] * page + p % page for s, p in zip(owners, positions, strict=True)]
         assert meta.starts.tolist() == [sum(lens[:s]) for s in range(len(lens) + 1)]
         assert meta.max_context == max(c + n for c, n in zip(contexts, lens, strict=True)) and meta.max_query == max(lens)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or find_compiler() is None, reason="compiles for other x86 processors")
+@pytest.mark.parametrize("flags", [["-march=x86-64-v3"], ["-march=x86-64"]], ids=["avx2", "plain"])
+def test_other_processors(flags, tmp_path, monkeypatch):
+    """The same kernel in narrower vectors, and without AVX."""
+    if flags == ["-march=x86-64-v3"] and not {"avx2", "fma"} <= cpu_info()["flags"]:
+        pytest.skip("no AVX2 here")
+    kept, built = [f for f in native.FLAGS if f not in ("-O3", "-march=native")], str(tmp_path / "built.so")
+    subprocess.run([find_compiler(), "-O1", *flags, *kept, str(native.HERE / "attention.cpp"), "-o", built], check=True)
+    monkeypatch.setattr(native, "library", lambda: ctypes.CDLL(built))
+    monkeypatch.setattr(paged, "_functions", functools.cache(paged._functions.__wrapped__))
+    for make in (mla_config, gqa_config) * 2:
+        config, (contexts, lens) = make(), ragged()
+        heads = heads_of(config)
+        for dtype in (torch.float32, torch.bfloat16):
+            cache, meta, kept_cells = scene(config, contexts, lens, dtype)
+            q = torch.randn(sum(lens), heads.heads, heads.plain + heads.rotary).to(dtype)
+            near(attend("native", heads, q, cache, meta), reference(heads, q, kept_cells, contexts, lens), kept_cells, dtype)
 
 
 @needs_native

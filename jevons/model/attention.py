@@ -20,6 +20,8 @@ from jevons.numerics.paged import Heads
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
 SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
 MOST_SCORES = 2**24  # what `attend_gathered` holds at a time (64 MiB in float32)
+MOST_EXPANDED = 2**24  # elements of per-head keys and values that a prompt holds at a time
+EXPAND = 2**22  # multiplications saved under which expanding is not worth its calls: under 0.1 ms
 Segments = list[tuple[int, int]]  # (rows, length): flat tokens are rows_0 * length_0 tokens, then rows_1 * length_1, ...
 
 
@@ -135,11 +137,10 @@ class MLA(nn.Module):
         q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
         return q_nope, rotate_interleaved(q_rope, rope_NR), self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
 
-    def _absorbed(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """W_k [H, nope, C] and W_v [H, v, C]. A dense parameter is only viewed, for training moves it; a packed weight never
-        changes, so its dense copy is made once and kept."""
-        weight = self.kv_b_proj.dense(dtype)
-        return weight.view(self.heads, self.nope + self.v, -1).split([self.nope, self.v], dim=1)
+    def _kv(self, dtype: torch.dtype) -> torch.Tensor:
+        """W_k and W_v of every head, [H, nope + v, C]. A dense parameter is only viewed, for training moves it; a packed weight
+        never changes, so its dense copy is made once and kept."""
+        return self.kv_b_proj.dense(dtype).view(self.heads, self.nope + self.v, -1)
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
@@ -150,14 +151,19 @@ class MLA(nn.Module):
         return self.o_proj(attend_segments(q, k, v, segments, self.scale))
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
-        """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R."""
+        """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R. Natively,
+        long prompts take per-head keys and values instead, made from the cached latents."""
         q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
-        w_k, w_v = self._absorbed(q_nope.dtype)
+        native = paged.available(q_nope, cache.data)
+        if native:
+            data = cache.layers[layer]
+            paged.store(self.paged, meta.batch, latent_NC, k_rope_NR[:, None], rope_NR, data, self.kv_a_layernorm.weight)
+            if meta.max_query > 1 and self._saved_by_expanding(meta) > EXPAND:
+                return self.o_proj(self._attend_expanded(q_nope, q_rope, rope_NR, data, meta))
+        w_k, w_v = self._kv(q_nope.dtype).split([self.nope, self.v], dim=1)
         q_latent_HNC = kernels.heads(q_nope, w_k, across=True)
-        if paged.available(q_nope, cache.data):
-            data, out_HNC = cache.layers[layer], torch.empty_like(q_latent_HNC)
-            norm = self.kv_a_layernorm.weight.to(latent_NC.dtype)
-            paged.store(self.paged, meta.batch, latent_NC, k_rope_NR[:, None], rope_NR, data, norm)
+        if native:
+            out_HNC = torch.empty_like(q_latent_HNC)
             paged.attend(self.paged, meta.batch, q_latent_HNC.transpose(0, 1), q_rope, rope_NR, data, out_HNC.transpose(0, 1))
         else:
             key_NR = rotate_interleaved(k_rope_NR, rope_NR)
@@ -165,6 +171,32 @@ class MLA(nn.Module):
             q = torch.cat([q_latent_HNC.transpose(0, 1), rotate_interleaved(q_rope, rope_NR)], dim=-1)
             out_HNC = attend_gathered(self.paged, q, cache, layer, meta).transpose(0, 1)
         return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
+
+    def _saved_by_expanding(self, meta: BatchMeta) -> int:
+        """Multiplications that per-head keys and values save over the latent: a pair costs nope + R + v, not 2 C + R, and
+        every cell that was there before costs C (nope + v) to expand, where the call's own cost as much absorbed."""
+        latent, (pairs, cells) = self.config.kv_lora_rank, meta.seen
+        return self.heads * (pairs * (2 * latent - self.nope - self.v) - cells * latent * (self.nope + self.v))
+
+    def _attend_expanded(self, q_nope, q_rope, rope_NR, data: torch.Tensor, meta: BatchMeta) -> torch.Tensor:
+        """[N, H * v] over the cells in `data`, some heads at a time so that memory stays bounded."""
+        pages, batch = meta.in_order
+        kept_LW = data[pages].flatten(0, 1).to(q_nope.dtype)
+        latent_LC, k_rope_LR = kept_LW.split([self.config.kv_lora_rank, self.rope], dim=-1)
+        width, key = self.nope + self.rope + self.v, self.nope + self.rope
+        out_NHv = torch.empty(len(q_nope), self.heads, self.v, dtype=q_nope.dtype)
+        step = max(1, MOST_EXPANDED // (len(kept_LW) * width))
+        w_kv = self._kv(q_nope.dtype)
+        for first in range(0, self.heads, step):
+            part = slice(first, min(first + step, self.heads))
+            own = F.linear(latent_LC, w_kv[part].flatten(0, 1)).unflatten(-1, (-1, self.nope + self.v))
+            cells = own.new_empty(len(own), own.shape[1], width)  # [k_nope | k_rope | v] of each head
+            cells[..., : self.nope], cells[..., key:] = own.split([self.nope, self.v], dim=-1)
+            cells[..., self.nope : key] = k_rope_LR[:, None]
+            heads = paged.expanded_heads(own.shape[1], self.nope, self.rope, self.v, self.scale)
+            paged.attend(heads, batch, q_nope[:, part], q_rope[:, part], rope_NR, cells.view(len(pages), -1, cells[0].numel()),
+                         out_NHv[:, part])
+        return out_NHv.flatten(1)
 
 
 class GQA(nn.Module):

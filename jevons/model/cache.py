@@ -55,14 +55,8 @@ class KVCache:
     def read(self, layer: int, meta: BatchMeta) -> torch.Tensor:
         """What sequences keep, [S, L, W] with L = meta.max_context: a copy, zero past a sequence's own length (what lies
         there may be NaN, and 0 * NaN is NaN)."""
-        data = self.layers[layer]
-        if meta.first_page is not None:  # pages of all sequences lie in order
-            per_seq = meta.page_table_SP.shape[1]
-            pages = data[meta.first_page : meta.first_page + per_seq * meta.sequences]
-            kept = pages.view(meta.sequences, per_seq * self.page_size, -1)
-        else:
-            kept = data[meta.used_SP].flatten(1, 2)
-        return kept[:, : meta.max_context].masked_fill(meta.past_SL[..., None], 0.0)
+        kept = self.layers[layer][meta.used_SP].flatten(1, 2)
+        return kept[:, : meta.max_context].masked_fill_(meta.past_SL[..., None], 0.0)
 
 
 @dataclass
@@ -76,7 +70,6 @@ class BatchMeta:
     positions_N: torch.Tensor
     page_size: int
     max_query: int  # longest query; 1 in plain decode
-    first_page: int | None = None  # set where the table is first_page, first_page + 1, ... row by row
 
     @property
     def sequences(self) -> int:
@@ -86,6 +79,21 @@ class BatchMeta:
     def batch(self) -> paged.Batch:
         """The same for the native kernels."""
         return paged.Batch(self.page_table_SP, self.starts, self.contexts_S, self.page_size)
+
+    @cached_property
+    def seen(self) -> tuple[int, int]:
+        """How many (query, cell) pairs the call scores, and how many cells there were before it."""
+        lens = self.starts.diff()
+        return int((lens * self.contexts_S + lens * (lens + 1) // 2).sum()), int(self.contexts_S.sum())
+
+    @cached_property
+    def in_order(self) -> tuple[torch.Tensor, paged.Batch]:
+        """All pages that hold something of a sequence, one sequence after the other; and the batch over a copy of them in this
+        order."""
+        used = self.page_table_SP[:, : -(-self.max_context // self.page_size)]
+        holding = torch.arange(used.shape[1]) * self.page_size < self.lengths_S[:, None]
+        table = (holding.flatten().cumsum(0) - 1).view(used.shape)
+        return used[holding], paged.Batch(table, self.starts, self.contexts_S, self.page_size)
 
     @cached_property
     def lengths_S(self) -> torch.Tensor:
@@ -145,7 +153,7 @@ class BatchMeta:
 
 
 def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int] | torch.Tensor, query_lens: Sequence[int] | None,
-               page_size: int, first_page: int | None = None) -> BatchMeta:
+               page_size: int) -> BatchMeta:
     """Meta for sequences that hold `contexts[s]` tokens already and bring `query_lens[s]` new ones (None: one each).
     Raises ValueError where one brings none, or the table is not int64."""
     if page_table_SP.dtype != torch.long or page_table_SP.stride(-1) != 1:
@@ -162,4 +170,4 @@ def build_meta(page_table_SP: torch.Tensor, contexts: Sequence[int] | torch.Tens
         ends = lens.cumsum()
         starts = torch.from_numpy(np.concatenate([[0], ends]))
         positions = torch.from_numpy(np.repeat(contexts_S.numpy() - ends + lens, lens) + np.arange(ends[-1]))
-    return BatchMeta(page_table_SP, contexts_S, starts, positions.to(page_table_SP.device), page_size, longest, first_page)
+    return BatchMeta(page_table_SP, contexts_S, starts, positions.to(page_table_SP.device), page_size, longest)

@@ -18,8 +18,9 @@ FP8, INT8, INT4 = 2, 3, 4
 # must unpack first. Of integers they do for any number of rows, or come within a tenth.
 FEW = {torch.float32: 4, torch.bfloat16: 16}
 FEW_FP8 = 96
-FEW_SMALL = 16  # rows for the small steps: norms, gates, products head by head
+FEW_SMALL = 16  # rows for the small steps: gates, products head by head
 LEAST_F32 = 2**18  # elements; torch calls a float32 product of less with less ado
+FEW_NUMBERS, FEW_PRODUCTS = 2**15, 2**18  # of a norm, and of a gate's scores, however many the rows
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -77,9 +78,9 @@ def unpack(weight: CWeight | None, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, for few rows."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, for few numbers."""
     rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= FEW_SMALL or not usable(x) or weight.dtype not in KINDS:
+    if not 0 < x.numel() <= FEW_NUMBERS or not usable(x) or weight.dtype not in KINDS:
         return None
     flat = _flat(x)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -104,7 +105,8 @@ def heads(x_NHA: torch.Tensor, w: torch.Tensor, across: bool) -> torch.Tensor:
 def gate(x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, choice: CChoice,
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """What a gate chooses for few tokens: experts [N, K], their weights, tokens per expert as int64 and as float32."""
-    if not 0 < len(x_ND) <= FEW_SMALL or not usable(x_ND) or weight_ED.dtype not in KINDS or not weight_ED.is_contiguous():
+    few = 0 < len(x_ND) <= FEW_SMALL or 0 < len(x_ND) * weight_ED.numel() <= FEW_PRODUCTS
+    if not few or not usable(x_ND) or weight_ED.dtype not in KINDS or not weight_ED.is_contiguous():
         return None
     flat = _flat(x_ND)
     chosen = torch.empty(len(flat), choice.k, dtype=torch.int64)

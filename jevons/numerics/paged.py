@@ -48,6 +48,12 @@ def grouped_heads(heads: int, groups: int, width: int, scale: float) -> Heads:
     return Heads(heads, groups, 0, width, width, 2 * groups * width, 0, width, groups * width, width, False, scale, 0.0)
 
 
+def expanded_heads(heads: int, plain: int, rotary: int, value: int, scale: float) -> Heads:
+    """MLA with keys and values per head: a cell is [plain | rotated | value] of the first head, then of the next."""
+    width = plain + rotary + value
+    return Heads(heads, heads, plain, rotary, value, heads * width, 0, width, plain + rotary, width, True, scale, 0.0)
+
+
 @functools.cache
 def _functions() -> tuple[Callable, Callable] | None:
     library = native.library()
@@ -55,7 +61,7 @@ def _functions() -> tuple[Callable, Callable] | None:
         return None
     pointer, number, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     view = [pointer, number, number]
-    library.paged_store.argtypes = [pointer, pointer, kind, pointer, number, *view, pointer, pointer, kind, pointer, number]
+    library.paged_store.argtypes = [pointer, pointer, kind, pointer, number, *view, kind, pointer, pointer, kind, pointer, number]
     library.paged_attention.argtypes = [pointer, pointer, kind, *view, *view, pointer, kind, pointer, number, *view]
     for function in (library.paged_store, library.paged_attention):
         function.restype = kind
@@ -77,10 +83,11 @@ def store(heads: Heads, batch: Batch, values_NV: torch.Tensor, rotary_NGR: torch
           layer_PSW: torch.Tensor, norm: torch.Tensor | None = None) -> None:
     """Write the cells of a call's tokens: rotated keys [N, G, R] and values [N, G * V] (under RMSNorm with weight `norm`).
     Raises IndexError where the table has no page for one."""
+    kind, weight = (0, None) if norm is None else (TYPES[norm.dtype], norm.data_ptr())
     _check(_functions()[0](
         ctypes.byref(heads), ctypes.byref(batch), TYPES[values_NV.dtype], values_NV.data_ptr(), values_NV.stride(0),
-        rotary_NGR.data_ptr(), rotary_NGR.stride(0), rotary_NGR.stride(1), None if norm is None else norm.data_ptr(),
-        rope_NR.data_ptr(), TYPES[layer_PSW.dtype], layer_PSW.data_ptr(), len(layer_PSW)), batch)
+        rotary_NGR.data_ptr(), *rotary_NGR.stride()[:2], kind, weight, rope_NR.data_ptr(), TYPES[layer_PSW.dtype],
+        layer_PSW.data_ptr(), len(layer_PSW)), batch)
 
 
 def attend(heads: Heads, batch: Batch, plain_NHC: torch.Tensor, rotary_NHR: torch.Tensor, rope_NR: torch.Tensor,

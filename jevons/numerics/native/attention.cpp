@@ -9,23 +9,14 @@
 // Cells are float32 or bf16. bf16 queries over bf16 cells are multiplied in pairs where the processor can (AVX512_BF16);
 // everything else is float32. Sums are float32 always.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "tiles.h"
 
 namespace paged {
-
-struct bf16 {
-    uint16_t bits;
-};
 
 // What one layer's heads read of a cell. Key and value of group g begin at key_at + g * key_step, value_at + g * value_step.
 struct Heads {
@@ -62,233 +53,11 @@ struct View {
     int64_t token, head;  // strides in elements
 };
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define HAS_PAIRS 1
-#else
-#define HAS_PAIRS 0
-#endif
-
-constexpr int ROWS = LANES == 16 ? 4 : 2;  // rows x CELLS scores are summed in registers at a time
-constexpr int CELLS = 4;
-constexpr int TILE = 64;     // cells between two looks at the running maximum
-constexpr int BLOCK = 64;    // rows of one pass
-constexpr int SPAN = 512;    // cells of a span; longer contexts have longer ones, MAX_SPANS at most
+constexpr int BLOCK = 64;  // rows of one pass
+constexpr int SPAN = 512;  // cells of a span; longer contexts have longer ones, MAX_SPANS at most
 constexpr int MAX_SPANS = 16;
+constexpr int64_t ALONE = 1 << 20;  // products up to which waking another thread costs more than it gives
 constexpr float LOG2_E = 1.44269504f;
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-
-inline Vec splat(float x) { return x - Vec{}; }
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
-}
-inline void narrow(float x, float& to) { to = x; }
-inline void narrow(float x, bf16& to) {  // to nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    to.bits = x != x ? uint16_t(bits >> 16 | 64) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline Vec load(const float* p) {
-    Vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-inline Vec load(const bf16* p) {
-    Halves h;
-    memcpy(&h, p, sizeof h);
-    Ints i = __builtin_convertvector(h, Ints) << 16;
-    Vec v;
-    memcpy(&v, &i, sizeof v);
-    return v;
-}
-template <class T>
-inline Vec load_part(const T* p, int count) {  // the lanes past `count` are zero, and not read
-    T padded[LANES] = {};
-    memcpy(padded, p, count * sizeof(T));
-    return load(padded);
-}
-inline void put(float* p, Vec v) { memcpy(p, &v, sizeof v); }
-
-// 2^x to a few units in the last place for x <= 0, and 0 under 2^-125. NaN gives NaN.
-inline Vec exp2(Vec x) {
-    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-    Vec shifted = x + magic, f = x - (shifted - magic);
-    Vec p = splat(1.54035304e-4f);
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    Ints whole, bits;
-    memcpy(&whole, &shifted, sizeof whole);
-    memcpy(&bits, &p, sizeof bits);
-    bits += whole << 23;  // magic's own bits leave at the top
-    memcpy(&p, &bits, sizeof p);
-    return x < -125.0f ? Vec{} : p;
-}
-
-inline float sum_lanes(Vec v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float total = v[0];
-    for (int i = 1; i < LANES; i++) total += v[i];
-    return total;
-#endif
-}
-inline float highest_lane(Vec v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float high = v[0];
-    for (int i = 1; i < LANES; i++) high = std::max(high, v[i]);
-    return high;
-#endif
-}
-
-// The four vectors' own sums, to s[0 .. 4].
-inline void sum4(Vec a, Vec b, Vec c, Vec d, float* s) {
-#if defined(__AVX512F__)
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
-    __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#elif defined(__AVX2__)
-    __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
-    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-#else
-    s[0] = sum_lanes(a), s[1] = sum_lanes(b), s[2] = sum_lanes(c), s[3] = sum_lanes(d);
-#endif
-}
-
-// -- scores: R rows of queries times CELLS keys -------------------------------------------------------------------------
-
-template <int R, class Cell>
-inline void score(const float* q, int64_t stride, const Cell* const* keys, int width, float* s) {
-    Vec sum[R][CELLS] = {};
-    auto step = [&](int w, int left) {
-        Vec k[CELLS];
-        for (int c = 0; c < CELLS; c++) k[c] = left >= LANES ? load(keys[c] + w) : load_part(keys[c] + w, left);
-        for (int r = 0; r < R; r++) {
-            Vec x = load(q + r * stride + w);  // padded with zeros
-            for (int c = 0; c < CELLS; c++) sum[r][c] += x * k[c];
-        }
-    };
-    int w = 0;
-    for (; w + LANES <= width; w += LANES) step(w, LANES);
-    if (w < width) step(w, width - w);
-    for (int r = 0; r < R; r++) sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s + r * TILE);
-}
-
-// -- values: out[r] += sum over cells of p[r][cell] * value[cell], V vectors of the width at a time ----------------------
-
-template <int R, int V, class Cell>
-inline void mix(const float* p, const Cell* const* values, int cells, int at, int left, float* out, int64_t stride) {
-    Vec sum[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sum[r][v] = load(out + r * stride + at + v * LANES);
-    for (int c = 0; c < cells; c++) {
-        Vec x[V];
-        for (int v = 0; v < V; v++)
-            x[v] = left >= V * LANES ? load(values[c] + at + v * LANES) : load_part(values[c] + at, left);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) sum[r][v] += p[r * TILE + c] * x[v];
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) put(out + r * stride + at + v * LANES, sum[r][v]);
-}
-
-template <int R, class Cell>
-inline void mix_width(const float* p, const Cell* const* values, int cells, int width, float* out, int64_t stride) {
-    int at = 0;
-    for (; at + 4 * LANES <= width; at += 4 * LANES) mix<R, 4>(p, values, cells, at, 4 * LANES, out, stride);
-    for (; at + LANES <= width; at += LANES) mix<R, 1>(p, values, cells, at, LANES, out, stride);
-    if (at < width) mix<R, 1>(p, values, cells, at, width - at, out, stride);
-}
-
-#if HAS_PAIRS
-// The same two for bf16 queries over bf16 cells: 32 products an instruction.
-
-inline __m512bh load_pairs(const bf16* p, int left) {
-    return (__m512bh)(left >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << left) - 1, p));
-}
-
-inline void narrow_tile(const float* from, bf16* to) {
-    for (int c = 0; c < TILE; c += 16) {
-        __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + c));
-        memcpy(to + c, &half, sizeof half);
-    }
-}
-
-template <int R>
-inline void score(const bf16* q, int64_t stride, const bf16* const* keys, int width, float* s) {
-    __m512 sum[R][CELLS] = {};
-    auto step = [&](int w, int left) {
-        __m512bh k[CELLS];
-        for (int c = 0; c < CELLS; c++) k[c] = load_pairs(keys[c] + w, left);
-        for (int r = 0; r < R; r++) {
-            __m512bh x = load_pairs(q + r * stride + w, 32);
-            for (int c = 0; c < CELLS; c++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], x, k[c]);
-        }
-    };
-    int w = 0;
-    for (; w + 32 <= width; w += 32) step(w, 32);
-    if (w < width) step(w, width - w);
-    for (int r = 0; r < R; r++) sum4((Vec)sum[r][0], (Vec)sum[r][1], (Vec)sum[r][2], (Vec)sum[r][3], s + r * TILE);
-}
-
-template <int R, int V>  // V times 32 elements of the width
-inline void mix(const bf16* p, const bf16* const* values, int cells, int at, int left, float* out, int64_t stride) {
-    __m512 sum[R][2 * V] = {};
-    for (int c = 0; c < cells; c += 2) {
-        __m512bh x[2 * V];
-        for (int v = 0; v < V; v++) {
-            __m512i a = (__m512i)load_pairs(values[c] + at + v * 32, V > 1 ? 32 : left);
-            __m512i b = (__m512i)load_pairs(values[c + 1] + at + v * 32, V > 1 ? 32 : left);
-            x[2 * v] = (__m512bh)_mm512_unpacklo_epi16(a, b);
-            x[2 * v + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
-        }
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            memcpy(&pair, p + r * TILE + c, 4);
-            for (int v = 0; v < 2 * V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)_mm512_set1_epi32(pair), x[v]);
-        }
-    }
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) {
-            float* to = out + r * stride + at + v * 32;
-            put(to, load(to) + (Vec)_mm512_permutex2var_ps(sum[r][2 * v], low, sum[r][2 * v + 1]));
-            put(to + 16, load(to + 16) + (Vec)_mm512_permutex2var_ps(sum[r][2 * v], high, sum[r][2 * v + 1]));
-        }
-}
-
-template <int R>
-inline void mix_width(const bf16* p, const bf16* const* values, int cells, int width, float* out, int64_t stride) {
-    int at = 0;
-    for (; at + 64 <= width; at += 64) mix<R, 2>(p, values, cells, at, 64, out, stride);
-    for (; at < width; at += 32) mix<R, 1>(p, values, cells, at, std::min(32, width - at), out, stride);
-}
-#endif
 
 // f(height) with ROWS, or what is left of the rows, as a number that the compiler knows.
 template <class F>
@@ -379,7 +148,7 @@ void attend_span(const Heads& h, const Q* q, int64_t q_stride, const Cells<Cell>
         for (int r = 0; r < rows.count; r += ROWS)
             in_registers(rows.count - r, [&](auto height) {
                 for (int c = 0; c < padded; c += CELLS) {
-                    for (const int until = std::min(coming, fetched + CELLS); fetched < until; fetched++) {
+                    for (const int until = std::min(coming, fetched + 2 * CELLS); fetched < until; fetched++) {
                         prefetch(ahead[fetched] + key_at, width);
                         if (value_at >= key_at + width) prefetch(ahead[fetched] + value_at, h.value);
                     }
@@ -449,9 +218,10 @@ template <class From, class Q, class Cell>
 void attend(const Heads& h, const Batch& b, View plain, View rotary, const float* rope, const Cell* layer, View to) {
     const int64_t share = h.heads / h.groups, stride = round_up(h.value, 32), q_stride = round_up(h.plain + h.rotary, 32);
     std::vector<Item> items;
-    int64_t parts = 0;
+    int64_t parts = 0, products = 0;
     for (int64_t s = 0; s < b.sequences; s++) {
         const int64_t queries = b.starts[s + 1] - b.starts[s], rows = queries * share, total = b.contexts[s] + queries;
+        products += rows * h.groups * total * (h.plain + h.rotary + h.value);
         const int64_t span = std::max<int64_t>(SPAN, round_up((total + MAX_SPANS - 1) / MAX_SPANS, TILE));
         for (int64_t g = 0; g < h.groups; g++)
             for (int64_t first = 0; first < rows; first += BLOCK) {
@@ -540,7 +310,7 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
     };
 
     const int64_t count = units.size();
-#pragma omp parallel for schedule(dynamic) if (count > 1)
+#pragma omp parallel for schedule(dynamic) if (count > 1 && products > ALONE)
     for (int64_t unit = 0; unit < count; unit++) run(unit);
     if (!apart) return;
 #pragma omp parallel for schedule(dynamic)
@@ -551,20 +321,35 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
     }
 }
 
+// The norm's weight, float32 or bf16.
+struct Norm {
+    const void* weight;
+    int type;
+    float at(int64_t i) const {
+        return type ? widen(static_cast<const bf16*>(weight)[i]) : static_cast<const float*>(weight)[i];
+    }
+};
+
+constexpr int AHEAD = 8;  // sequences whose cells are fetched before they are written
+
 template <class From, class Cell>
-void store(const Heads& h, const Batch& b, View values, View rotary, const From* norm, const float* rope, Cell* layer) {
+void store(const Heads& h, const Batch& b, View values, View rotary, Norm norm, const float* rope, Cell* layer) {
     const int64_t tokens = b.starts[b.sequences], width = h.groups * h.value;
-#pragma omp parallel for if (tokens * h.cell > 65536)
+    auto cell_of = [&](int64_t s, int64_t token) {
+        const int64_t position = b.contexts[s] + token - b.starts[s];
+        const int64_t page = b.table[s * b.table_stride + position / b.page_size];
+        return layer + (page * b.page_size + position % b.page_size) * h.cell;
+    };
+#pragma omp parallel for if (tokens * h.cell > ALONE)
     for (int64_t s = 0; s < b.sequences; s++)
         for (int64_t token = b.starts[s]; token < b.starts[s + 1]; token++) {
-            const int64_t position = b.contexts[s] + token - b.starts[s];
-            const int64_t page = b.table[s * b.table_stride + position / b.page_size];
-            Cell* cell = layer + (page * b.page_size + position % b.page_size) * h.cell;
+            Cell* cell = cell_of(s, token);
+            if (s + AHEAD < b.sequences) prefetch(cell_of(s + AHEAD, b.starts[s + AHEAD]), h.cell);
             const From* from = static_cast<const From*>(values.data) + token * values.token;
             for (int64_t g = 0; g < h.groups; g++)
                 rotate(h, static_cast<const From*>(rotary.data) + token * rotary.token + g * rotary.head, rope + token * h.rotary,
                        cell + h.key_at + g * h.key_step + h.plain);
-            if (!norm) {
+            if (!norm.weight) {
                 copy(from, cell + h.value_at, width);
                 continue;
             }
@@ -573,7 +358,7 @@ void store(const Heads& h, const Batch& b, View values, View rotary, const From*
             for (; i + LANES <= width; i += LANES) squares += load(from + i) * load(from + i);
             if (i < width) squares += load_part(from + i, width - i) * load_part(from + i, width - i);
             const float factor = 1 / std::sqrt(sum_lanes(squares) / width + h.epsilon);
-            for (i = 0; i < width; i++) narrow(widen(from[i]) * factor * widen(norm[i]), cell[h.value_at + i]);
+            for (i = 0; i < width; i++) narrow(widen(from[i]) * factor * norm.at(i), cell[h.value_at + i]);
         }
 }
 
@@ -582,17 +367,16 @@ void store(const Heads& h, const Batch& b, View values, View rotary, const From*
 // Both return 0, or 1 (and do nothing) where the table leads outside the cache. Types are 0 for float32, 1 for bf16. `values` are a cell's values, all groups' one after the other; with `norm` they are
 // first divided by their root mean square and multiplied by it. `rope` is [tokens, 2, rotary / 2].
 extern "C" int paged_store(const paged::Heads* h, const paged::Batch* b, int from_type, void* values, int64_t values_token,
-                           void* rotary, int64_t rotary_token, int64_t rotary_head, const void* norm, const float* rope,
-                           int cell_type, void* layer, int64_t pages) {
+                           void* rotary, int64_t rotary_token, int64_t rotary_head, int norm_type, const void* norm,
+                           const float* rope, int cell_type, void* layer, int64_t pages) {
     using namespace paged;
     if (!pages_exist(*b, pages)) return 1;
     const View v{values, values_token, 0}, r{rotary, rotary_token, rotary_head};
-    const float* wide = static_cast<const float*>(norm);
-    const bf16* half = static_cast<const bf16*>(norm);
-    if (from_type == 0 && cell_type == 0) store<float, float>(*h, *b, v, r, wide, rope, static_cast<float*>(layer));
-    if (from_type == 0 && cell_type == 1) store<float, bf16>(*h, *b, v, r, wide, rope, static_cast<bf16*>(layer));
-    if (from_type == 1 && cell_type == 0) store<bf16, float>(*h, *b, v, r, half, rope, static_cast<float*>(layer));
-    if (from_type == 1 && cell_type == 1) store<bf16, bf16>(*h, *b, v, r, half, rope, static_cast<bf16*>(layer));
+    const Norm n{norm, norm_type};
+    if (from_type == 0 && cell_type == 0) store<float, float>(*h, *b, v, r, n, rope, static_cast<float*>(layer));
+    if (from_type == 0 && cell_type == 1) store<float, bf16>(*h, *b, v, r, n, rope, static_cast<bf16*>(layer));
+    if (from_type == 1 && cell_type == 0) store<bf16, float>(*h, *b, v, r, n, rope, static_cast<float*>(layer));
+    if (from_type == 1 && cell_type == 1) store<bf16, bf16>(*h, *b, v, r, n, rope, static_cast<bf16*>(layer));
     return 0;
 }
 

@@ -86,12 +86,11 @@ static inline f32x16 load_numbers(const uint8_t* p, bool bf16, int64_t n) {
 }
 
 static inline void store_numbers(uint8_t* p, bool bf16, f32x16 v, int64_t n) {
-  if (bf16) {
-    u16x16 narrow = to_bf16(v);
-    memcpy(p, &narrow, 2 * std::min<int64_t>(n, 16));
-  } else {
-    memcpy(p, &v, 4 * std::min<int64_t>(n, 16));
-  }
+  const u16x16 narrow = bf16 ? to_bf16(v) : u16x16{};
+  if (n >= 16)  // a size that the compiler knows: one store
+    bf16 ? memcpy(p, &narrow, 32) : memcpy(p, &v, 64);
+  else
+    bf16 ? memcpy(p, &narrow, 2 * n) : memcpy(p, &v, 4 * n);
 }
 
 static inline float sum(f32x16 v) {
