@@ -300,6 +300,23 @@ def test_what_the_worker_answers(tmp_path):
         answering.speculation(2, 8, 1, 0)
 
 
+def test_what_only_ours_is_asked_for(tmp_path):
+    """The prefix cache and drafts are really used, and change no token but where two logits nearly tie."""
+    from jevons.bench.ours import Jevons
+
+    side = Jevons(checkpoint(tmp_path / "c", nano(vocab_size=320)), "float32", 1)
+    found = side.prefix(80, seed=random.randrange(10**6))
+    assert found["shared_tokens"] == 72 and 0.3 < found["cached_share"] <= 0.9
+    assert found["same_first_tokens"] >= 31
+    assert found["gain"] == found["first_token_without_cache_ms"] / found["first_token_with_cache_ms"]
+    found = side.speculation(4, 12, 1, seed=random.randrange(10**6))
+    assert found["identical_outputs"] >= 3 and found["of"] == "random ids"
+    assert 1 <= found["tokens_per_pass"] <= 2 and 0 <= found["acceptance"] <= 1
+    assert found["tokens_per_pass"] <= 1 + found["acceptance"] + 0.2
+    assert found["share_of_ideal"] == pytest.approx(found["speedup"] / found["ideal_speedup"])
+    assert found["relative_cost_of_a_pass"] > 1
+
+
 def test_a_side_that_refuses_or_dies_says_why(tmp_path):
     worker = Worker("jevons", checkpoint(tmp_path / "c", qwen2(vocab_size=320)), "bf16", 1)
     try:

@@ -112,7 +112,7 @@ class Jevons:
             if on:
                 found["cached_share"] = engine.stats()["cached_tokens"] / (PREFIX_REQUESTS * tokens)
         return found | {"gain": found["first_token_without_cache_ms"] / found["first_token_with_cache_ms"],
-                        "same_tokens": outputs[0] == outputs[1]}
+                        "same_first_tokens": sum(a == b for a, b in zip(*outputs, strict=True))}
 
     # -- speculation --------------------------------------------------------------------------------------------------
 

@@ -59,7 +59,8 @@ def sections(record: dict[str, Any]) -> list[Section]:
             ["prompt, shared", f"{f['prompt_tokens']:,}, {f['shared_tokens']:,} tokens"],
             ["first token without, ms", figures(f["first_token_without_cache_ms"])],
             ["first token with, ms", figures(f["first_token_with_cache_ms"])], ["shorter", f"{f['gain']:.2f}x"],
-            ["prompt from the cache", f"{f['cached_share']:.1%}"], ["same tokens", "yes" if f["same_tokens"] else "NO"]]))
+            ["prompt from the cache", f"{f['cached_share']:.1%}"],
+            ["same first tokens", f"{f['same_first_tokens']} of {f['requests']}"]]))
     if "speculation" in measures:
         out.append(_pairs("Speculation, greedy, one stream", measures["speculation"], lambda f: [
             ["tokens/s without, with", f"{figures(f['plain_tokens_per_second'])}, {figures(f['tokens_per_second'])}"],
