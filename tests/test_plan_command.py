@@ -179,7 +179,7 @@ def test_names_in_the_page_are_escaped(tmp_path):
 
 @pytest.mark.parametrize("arguments,named", [
     (("deepsek-v3",), "the nearest known name is 'deepseek-v3'"),
-    (("countdown",), "the nearest known name is 'countdown-laptop'"),
+    (("countdown-lap",), "the nearest known name is 'countdown-laptop'"),
     (("--gpu", "h801"), "the nearest known name is 'h80"),
     (("--price", "-1"), "price is -1.0; 0 or more dollars an hour would be right"),
     (("--price", "nan"), "price is nan"),
