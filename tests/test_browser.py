@@ -268,8 +268,8 @@ def test_markdown_streams_block_by_block(site):
     turn.locator("math[display=block]").wait_for()
     assert turn.locator("strong").inner_text() == "2*3*4 + 16 = 40"
     assert turn.locator("td").count() == 4 and turn.locator(".hl .k").count() > 0 and turn.locator("img").count() == 0
-    first = next(i for i, text in enumerate(site.renders) if text.startswith("The answer") and "\n\n" in text)
-    assert not any("The answer" in text for text in site.renders[first + 1 :]), "a finished block is not sent again"
+    with_first = ["The answer" in text for text in site.renders]
+    assert with_first == sorted(with_first, reverse=True) and not all(with_first), "a finished block is not sent again"
     assert "broken" not in page.title()
     assert (site.said, site.foreign) == ([], [])
 

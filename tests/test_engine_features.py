@@ -188,9 +188,9 @@ class Clock:
 
 def test_it_drafts_as_many_as_pay():
     speculation = Speculation()
-    assert Clock(0.05, 0.95).run(speculation, 1000)[3] > 800
+    assert Clock(0.05, 0.95).run(speculation, 1500)[3] > 800
     assert Clock(0.5, 0.6).run(speculation, 6 * AGAIN)  # the text, or the load, has changed
-    assert Clock(0.5, 0.6).run(speculation, AGAIN)[3] < AGAIN / 4
+    assert Clock(0.5, 0.6).run(speculation, 3 * AGAIN)[3] < AGAIN
     assert Clock(0.2, 0.9).run(Speculation(), 100, batch=17) == {None: 100}
     assert Clock(9.0, 0.1).run(Speculation(2), 100) == {2: 100}
 

@@ -66,7 +66,7 @@ def test_flops_are_those_a_counter_sees(name, with_mtp):
     rows, length = random.randint(1, 4), random.randint(8, 64)
     tokens = torch.randint(0, config.vocab_size, (rows * length,))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops})
-    with torch.no_grad(), counter:
+    with counter:  # gradients on: the native kernels, which it does not see, stay away
         out = model.forward_train(tokens, torch.arange(length).repeat(rows), [(rows, length)], mtp=with_mtp)
         model.logits(out.hidden_ND)
         if out.mtp_hidden_ND is not None:

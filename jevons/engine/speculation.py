@@ -8,8 +8,8 @@ is said (see `Engine`), only how fast.
 
 from __future__ import annotations
 
-TRIES = 6  # passes before a number of drafts is judged
-AGAIN = 400  # passes after which a neighbour of the best is tried again
+TRIES = 8  # passes before a number of drafts is judged
+AGAIN = 200  # passes after which a neighbour of the best is tried again
 EVERY = 8  # where drafting does not pay, one new sequence in so many tries it again
 DECAY = 0.1
 
