@@ -268,7 +268,7 @@ def test_markdown_streams_block_by_block(site):
     turn.locator("math[display=block]").wait_for()
     assert turn.locator("strong").inner_text() == "2*3*4 + 16 = 40"
     assert turn.locator("td").count() == 4 and turn.locator(".hl .k").count() > 0 and turn.locator("img").count() == 0
-    with_first = ["The answer" in text for text in site.renders]
+    with_first = ["The answer".startswith(text[:10]) for text in site.renders]
     assert with_first == sorted(with_first, reverse=True) and not all(with_first), "a finished block is not sent again"
     assert "broken" not in page.title()
     assert (site.said, site.foreign) == ([], [])
