@@ -85,3 +85,9 @@ def test_foreign_files_are_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     filled(tmp_path, 3, limit=300)
     assert (tmp_path / "notes.page").read_text() == (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="x is a file; a directory would be right"):
+        DiskTier(tmp_path / "x", 10**6)

@@ -19,13 +19,16 @@ MAGIC = b"jevons-page-1\n"
 
 
 class DiskTier:
-    """Up to `max_bytes` of pages in `directory`. Writes happen in a thread of their own, and never fail a request."""
+    """Up to `max_bytes` of pages in `directory`. Writes happen in a thread of their own, and never fail a request. Raises
+    ValueError where `directory` is a file, OSError where it cannot be made."""
 
     def __init__(self, directory: Path, max_bytes: int, waiting: int = 256):
         self.directory, self.max_bytes = Path(directory), max_bytes
         self._lock = threading.Lock()
         self._sizes: dict[bytes, int] = {}  # the longest unused first
         self._queue: queue.Queue[tuple[bytes, bytes] | None] = queue.Queue(waiting)
+        if self.directory.is_file():
+            raise ValueError(f"disk cache {self.directory} is a file; a directory would be right")
         self.directory.mkdir(parents=True, exist_ok=True)
         files = []
         for path in self.directory.glob("*.page"):
