@@ -296,7 +296,8 @@ def train(model, tokenizer, stage, directory, **options):
 
 
 def test_a_right_answer_gains_probability_and_a_wrong_one_loses(tokenizer):
-    model = lively(nano())
+    # every token meets every expert: at the edge of a choice the objective jumps, and no gradient says so
+    model = lively(nano(n_group=1, topk_group=1, num_experts_per_tok=nano().n_routed_experts))
     stage = stage_of(problems=6, mtp_weight=0, mask_truncated=False)
     objective = objective_of(model, tokenizer, stage)
     (micros,) = objective.next_batch(random.randrange(1000))
@@ -314,7 +315,7 @@ def test_a_right_answer_gains_probability_and_a_wrong_one_loses(tokenizer):
         objective.loss(micro).loss.backward()
     norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt()
     rates, moved = [], 0.0
-    for distance in (3e-4, 1e-3, 3e-3):  # several: a token at the edge of two experts makes a jump
+    for distance in (3e-4, 1e-3, 3e-3):  # short ones drown in float32's rounding, long ones in curvature
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
