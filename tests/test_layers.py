@@ -11,7 +11,7 @@ PACKAGE = ROOT / "jevons"
 ROWS = [{"cli"}, {"terminal"}, {"reason", "serve", "bench"}, {"train", "engine"}, {"store"}, {"model"}, {"numerics"},
         {"data", "tasks"}, {"plan"}, {"config", "recipe", "chat", "runtime", "published"}]
 LEVEL = {room: len(ROWS) - row for row, rooms in enumerate(ROWS) for room in rooms}
-NO_TORCH = ["config.py", "recipe.py", "plan", "published.py", "chat.py", "tasks", "engine/types.py", "engine/scheduler.py"]
+NO_TORCH = ["config.py", "recipe", "plan", "published.py", "chat.py", "tasks", "engine/types.py", "engine/scheduler.py"]
 FREE = {"__init__", "__main__", "__version__"}  # jevons/__init__.py, what it holds, and __main__.py stand outside the rows
 
 
@@ -100,5 +100,5 @@ def test_torch_is_found_wherever_it_hides():
 def test_the_package_stays_small():
     sizes = {p: sum(1 for line in p.read_text(encoding="utf-8").splitlines() if line.strip()) for p in files()}
     longest = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files()}
-    assert sum(sizes.values()) < 12_000
+    assert sum(sizes.values()) < 16_000
     assert {name: n for name, n in longest.items() if n > 400} == {}
