@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jevons.tasks import wordings
 from jevons.tasks.base import Problem
 from jevons.tasks.countdown import Countdown, is_heldout, problem_key
 from jevons.tasks.expression import MAX_CHARACTERS, MAX_NESTING, ExpressionError, parse, reachable, write
@@ -236,14 +237,19 @@ def test_wordings_keep_numbers_and_target_and_the_short_form_leads():
         mentioned = [int(n) for n in re.findall("[0-9]+", body)]
         assert sorted(mentioned) == sorted([*numbers, target])
         short += p.prompt == f"{' '.join(map(str, numbers))} -> {target}"
-    assert 0.38 < short / len(drawn) < 0.52
-    assert len({re.sub("[0-9]+", "N", p.prompt) for p in drawn}) > 20
+    assert 0.34 < short / len(drawn) < 0.46
+    assert len({re.sub("[0-9]+", "N", p.prompt) for p in drawn}) > 100
+
+
+def test_a_persons_own_question_is_one_of_the_wordings():
+    asked = {wordings.ask([3, 7, 19], 40, random.Random(seed)).lower().rstrip(".?! ") for seed in range(40_000)}
+    for own in ("how can i make 40 with 3, 7 and 19", "make 40 from 3 7 19", "please get 40 with the numbers 3, 7, 19",
+                "with 3, 7, 19, make 40"):
+        assert own in asked
 
 
 def test_the_questions_of_reasoning_gym_are_among_the_wordings():
     gym = pytest.importorskip("reasoning_gym")
-    from jevons.tasks import wordings
-
     module = pytest.importorskip("reasoning_gym.games.countdown")
     assert wordings.GYM_FORMAT == module.QUESTION_FORMAT_TEMPLATE
     dataset = gym.create_dataset("countdown", min_numbers=3, max_numbers=3, max_value=30, min_target=1, max_target=100,

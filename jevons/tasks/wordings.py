@@ -29,7 +29,11 @@ SENTENCES = (
     "make {target} out of {listed}",
     "Reach {target} with {listed}. Use + - * / and parentheses, and each number exactly once.",
 )
-SHORT_SHARE, GYM_SHARE = 0.45, 0.1
+OPENERS = ("", "", "", "Please ", "Can you ", "How can I ", "How do I ", "How would you ", "Is there a way to ", "I want to ")
+VERBS = ("make", "make", "get", "get", "reach", "build", "find")
+JOINERS = ("with", "from", "using", "out of", "with the numbers", "from the numbers")
+ASKING = {"C", "H", "I"}  # initials of openers that end in a question mark; "I want to" does not mind
+SHORT_SHARE, GYM_SHARE, FREE_SHARE = 0.4, 0.1, 0.25
 
 
 def ask(numbers: Sequence[int], target: int, rng: random.Random) -> str:
@@ -40,12 +44,26 @@ def ask(numbers: Sequence[int], target: int, rng: random.Random) -> str:
     if kind < SHORT_SHARE + GYM_SHARE:
         question = rng.choice(GYM_QUESTIONS).format(numbers=", ".join(map(str, numbers)), target=target)
         return GYM_FORMAT.format(question=question)
-    text = rng.choice(SENTENCES).format(listed=_listed(numbers, rng), target=target)
+    listed = _listed(numbers, rng)
+    if kind < SHORT_SHARE + GYM_SHARE + FREE_SHARE:
+        text = _free(listed, target, rng)
+    else:
+        text = rng.choice(SENTENCES).format(listed=listed, target=target)
     if rng.random() < 0.2:
         text = text.lower()
     if rng.random() < 0.2:
         text = text.rstrip(".?") + rng.choice(["", ".", "?", "!"])
     return text
+
+
+def _free(listed: str, target: int, rng: random.Random) -> str:
+    """A sentence put together from parts, so that a person's own is seldom far from one that was seen."""
+    opener, verb, joiner = rng.choice(OPENERS), rng.choice(VERBS), rng.choice(JOINERS)
+    if not opener and rng.random() < 0.3:
+        text = f"{rng.choice(['With', 'Using', 'From'])} {listed}, {verb} {target}"
+    else:
+        text = f"{opener}{verb} {target} {joiner} {listed}"
+    return text[0].upper() + text[1:] + ("?" if opener[:1] in ASKING else ".")
 
 
 def _listed(numbers: Sequence[int], rng: random.Random) -> str:
