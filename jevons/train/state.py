@@ -133,8 +133,8 @@ class States:
         if left.good_step is None:
             raise TrainingDiverged(f"{words}, and no good state was saved before. A lower learning rate would help")
         if left.rollbacks >= table.max_rollbacks:
-            raise TrainingDiverged(f"{words} after {left.rollbacks} of {table.max_rollbacks} rollbacks; the last good state, step "
-                                   f"{left.good_step}, is kept. A lower learning rate would help")
+            raise TrainingDiverged(f"{words} after {left.rollbacks} of {table.max_rollbacks} rollbacks; the last good state, "
+                                   f"step {left.good_step}, is kept. A lower learning rate would help")
         self._writer.wait()
         _, tensors, meta = load_step(loop.settings.directory, left.good_step)
         # before anything of the new line is saved: a resume takes the highest step
