@@ -38,20 +38,21 @@ def gemm_rate(threads: Sequence[int], size: int = 2048, dtype: torch.dtype = tor
 
 
 def peak_flops(runtime: Runtime, dtype: torch.dtype) -> float:
-    """FLOP/s of this machine's best matrix product in `dtype`: measured in about a second, once per machine, thread count and
-    torch, and kept beside the built kernels. Busy neighbours make it too small; delete the file to measure again."""
+    """FLOP/s of this machine's best matrix product in `dtype`: the fastest that any run here has measured, with this number of
+    threads and this torch. Each call looks for a fraction of a second and keeps the better figure beside the built kernels, so
+    that a neighbour who was busy the first time does not count for ever."""
     threads = torch.get_num_threads()
     key = f"{runtime.gpu or runtime.cpu}, {threads} threads, {dtype}, torch {torch.__version__}"
     path, known = cache_dir() / "gemm-peak.json", {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(known, dict) and isinstance(known.get(key), float):
-        return known[key]
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    before = known.get(key) if isinstance(known.get(key), float) else 0.0
     size, counts = (8192, [threads]) if runtime.device == "cuda" else (1024, sorted({1, threads}))
-    rate = 1e9 * gemm_rate(counts, size, dtype, 12, runtime.device)[0]
-    with contextlib.suppress(OSError):  # a read-only home: measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(f"{path}.tmp-{os.getpid()}")
-        unfinished.write_text(json.dumps((known if isinstance(known, dict) else {}) | {key: rate}, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
+    rate = max(before, 1e9 * gemm_rate(counts, size, dtype, 4 if before else 12, runtime.device)[0])
+    if rate > before:
+        with contextlib.suppress(OSError):  # a read-only home: measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(f"{path}.tmp-{os.getpid()}")
+            unfinished.write_text(json.dumps(known | {key: rate}, indent=1), encoding="utf-8")
+            os.replace(unfinished, path)
     return rate

@@ -73,6 +73,7 @@ class Run:
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
+        self._peak: float | None = None  # measured when the first stage trains
 
     def execute(self, only_stage: str | None = None) -> Path:
         """Run every stage that is not complete (or just `only_stage`); returns the directory of the last checkpoint.
@@ -141,31 +142,32 @@ class Run:
         self.log.truncate(json.loads((directory / BEGIN).read_text())["metrics_position"])
         self.log.append({"kind": "stage", "stage": name, "event": "start"})
 
-    def _plan(self, index: int, peak: float) -> dict[str, Any]:
+    def _plan(self, index: int) -> dict[str, Any]:
         """What the plan says of a stage, before it runs. Its time is that of this machine, used as well as V3's report says."""
         stage = self.recipe.stages[index]
         try:
             priced = price_recipe(self.recipe, Options())["stages"][index]
         except PlanError as error:
             return {"kind": "note", "stage": self.recipe.stage_name(index), "text": f"there is no plan to compare with: {error}"}
-        seconds = priced["flops"] / (peak * UTILISATION)
+        seconds = priced["flops"] / (self._peak * UTILISATION)
         return {"kind": "plan", "stage": self.recipe.stage_name(index), "tokens": priced["tokens"], "flops": priced["flops"],
                 "memory": asdict(training_memory(self.model.config, stage, torch.get_num_threads())),
-                "utilisation": UTILISATION, "time.peak_flops": peak, "time.planned_seconds": seconds,
+                "utilisation": UTILISATION, "time.peak_flops": self._peak, "time.planned_seconds": seconds,
                 "time.planned_dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)}
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
         name = self.recipe.stage_name(index)
         objective = self._objective(stage)
+        self._peak = self._peak or peak_flops(self.runtime, self.runtime.dtype)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, should_stop=self.observer.should_stop,
-            peak_flops=peak_flops(self.runtime, self.runtime.dtype), on_step=self.observer.on_step)
+            peak_flops=self._peak, on_step=self.observer.on_step)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
             self._from_the_start(directory, name)
-            self.log.append(self._plan(index, settings.peak_flops))
+            self.log.append(self._plan(index))
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
         best = loop.states.restore_best() if self.recipe.guard.use_best else None

@@ -19,6 +19,7 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 190, 50, 8, 22
 _CURVES: dict[str, list[tuple[str, str, list[tuple[str, str]]]]] = {
     "pretrain": [("Loss", "", [("loss", "next token"), ("mtp_loss", "MTP")]),
                  ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")]),
+                 ("Gradient norm before clipping", "", [("grad_norm", "norm")]),
                  ("Utilisation of this machine's matrix products", "%", [("time.mfu", "utilisation")])],
     "grpo": [("Reward and accuracy of sampled answers", "%", [("accuracy", "accuracy"), ("reward", "reward")]),
              ("Length in tokens", "", [("length_right", "right"), ("length_wrong", "wrong"), ("thinking_length", "thought")]),
@@ -26,6 +27,7 @@ _CURVES: dict[str, list[tuple[str, str, list[tuple[str, str]]]]] = {
              ("Entropy, nats a token", "", [("entropy", "entropy")]),
              ("Log-prob gap, trainer against engine", "", [("logprob_gap", "gap")]),
              ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")]),
+             ("Gradient norm before clipping", "", [("grad_norm", "norm")]),
              ("Utilisation of this machine's matrix products", "%", [("time.mfu", "utilisation")])],
 }
 _STYLE = """
@@ -51,6 +53,8 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round }
 .key i { display: inline-block; width: 11px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle }
 pre { background: var(--sunken); border-radius: 10px; padding: 12px 14px; margin: 8px 0 0; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .82rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
+.card + .soft { margin-top: 10px }
+@media (max-width: 600px) { th, td { padding-right: 11px; font-size: .87rem } figure, .card { padding: 12px 13px } }
 .sample { margin-bottom: 14px } .badge { font-weight: 600; font-size: .86rem; margin-right: 8px }
 .ok { color: var(--right) } .no { color: var(--wrong) }
 """
@@ -122,7 +126,7 @@ def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]
         return ""
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    y0 = 0.0 if 0 <= y0 < 0.45 * y1 else y0
+    y0 = 0.0 if 0 <= y0 < 0.45 * y1 or 0 < y1 <= y0 * (1 + 1e-6) else y0
     y1 = y1 if y1 > y0 else y0 + 1
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -141,7 +145,8 @@ def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]
         if part:
             path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thin(part))
             parts.append(f'<polyline points="{path}" style="stroke:var(--{color})"/>')
-            last = f"{part[-1][1]:,.1f} %" if unit == "%" else f"{part[-1][1]:,.4g}"
+            newest = part[-1][1]
+            last = f"{newest:,.1f} %" if unit == "%" else f"{newest:,.0f}" if abs(newest) >= 1000 else f"{newest:.4g}"
             legend.append(f'<span class="key"><i style="background:var(--{color})"></i>{escape(label)} <b>{last}</b></span>')
     return (f'<figure><h3>{escape(title)}</h3><div>{"".join(legend)}</div><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
             f'aria-label="{escape(title)} by step">{"".join(parts)}</svg></figure>')
@@ -232,8 +237,9 @@ def _notes(lines: list[Line]) -> str:
                         f'{_show(line.get("data_from"))} to {_show(line.get("data_to"))}, because {line.get("why", "")}')
         elif line.get("kind") == "bad_batch":
             bad.setdefault(stage, []).append(f'step {step}: {line.get("why", "")}')
-    said += [f'{stage}: {len(all_of)} updates skipped ({"; ".join(all_of[:3])}{" ..." * (len(all_of) > 3)})'
-             for stage, all_of in bad.items()]
+    for stage, reasons in bad.items():
+        first = "; ".join(reasons[:3]) + " ..." * (len(reasons) > 3)
+        said.append(f'{stage}: {len(reasons)} update{"s" * (len(reasons) > 1)} skipped ({first})')
     return "".join(f'<p class="soft">{escape(text)}</p>' for text in said)
 
 
