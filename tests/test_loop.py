@@ -40,7 +40,7 @@ class Noise(Objective):
         loss = torch.nn.functional.cross_entropy(self.model.logits(out.hidden_ND[:-1]).float(), micro[1:])
         value = loss.item()
         if self.step in self.bad:
-            loss = loss * float(random.choice(("nan", "inf")))
+            loss = loss * float(("nan", "inf")[self.step % 2])
         return LossParts(loss, {"loss": value, "tokens": 48}, out.load_RE)
 
     def after_update(self, load):

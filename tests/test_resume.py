@@ -4,11 +4,13 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from whole_runs import RECIPE, SAVE_EVERY, Command, digest, jevons, last_step, metrics, timeless, write_recipe
+from whole_runs import RECIPE, SAVE_EVERY, TESTS, Command, digest, jevons, last_step, metrics, timeless, write_recipe
 
 WEIGHTS = "final/model.safetensors"
 STAGES = {"pretrain": "stages/00-pretrain", "grpo": "stages/01-grpo", "eval": "stages/02-eval"}
@@ -124,6 +126,42 @@ def test_stopped_once_in_every_stage_it_saves_and_goes_on(tmp_path, whole):
         assert "The same command goes on from there" in command.text and "Traceback" not in command.text
         if stage in ("pretrain", "grpo"):
             assert last_step(out, stage) == saved_step(out / STAGES[stage]) >= at, "a stop loses nothing"
+    code, text = jevons("run", recipe, "--out", out, log=tmp_path / "log")
+    assert code == 0, text
+    assert_same(out, reference)
+
+
+def test_the_experiment_that_kills_and_compares(tmp_path):
+    script = TESTS.parent / "experiments" / "kill_and_resume.py"
+    arguments = ["--kills", "1", "--tokens", "8000", "--steps", "1", "--dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ | {
+        "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "metrics but time.*   the same" in done.stdout and "final weights        the same" in done.stdout
+
+
+def slow_rollouts() -> None:
+    """Each step of the engine takes a while and says so."""
+    from jevons.engine.engine import Engine
+
+    step = Engine.step
+    Engine.step = lambda self: (time.sleep(0.1), os.write(2, b"<engine>"), step(self))[2]
+
+
+def test_a_machine_that_is_taken_away_during_rollouts(tmp_path, whole):
+    """The state is saved within an engine step, not after the training step, and nothing differs afterwards."""
+    recipe, reference = whole
+    out = tmp_path / "out"
+    command = Command("run", recipe, "--out", out, log=tmp_path / "log", patch=slow_rollouts)
+    assert command.wait_for(lambda: last_step(out, "grpo") >= 1), command.text
+    begun = command.text.count("<engine>")
+    assert command.wait_for(lambda: command.text.count("<engine>") > begun + 1), command.text
+    at = last_step(out, "grpo")
+    command.send(signal.SIGTERM)
+    assert command.end() == 143, command.text
+    after = command.text.partition("once more to stop at once")[2]
+    assert after.count("<engine>") <= 1 and "The same command goes on from there" in after
+    assert last_step(out, "grpo") == saved_step(out / STAGES["grpo"]) == at
     code, text = jevons("run", recipe, "--out", out, log=tmp_path / "log")
     assert code == 0, text
     assert_same(out, reference)
