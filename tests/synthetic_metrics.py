@@ -57,6 +57,9 @@ def _pretrain(rng: random.Random, steps: int, total: int, rate: float) -> list[d
                 "expert_load": _shares(rng, 0.7 * math.exp(-i / 80) + 0.08),
                 "max_violation": 0.1 + 2 * math.exp(-i / 50) + rng.random() * 0.1,
                 "skipped": 0,
+                "flops": 7.9e9 + rng.gauss(0, 2e8),
+                "time.mfu": 0.2 + rng.gauss(0, 0.005),
+                "time.peak_bytes": 900_000_000 + 1_000_003 * i,
                 **_clock(i, 0.85, 9600 + rng.gauss(0, 250), rate),
             }
         )
@@ -91,12 +94,30 @@ def _grpo(rng: random.Random, steps: int, rate: float) -> list[dict[str, Any]]:
                 "kl": 0.0,
                 "grad_norm": 0.3 + abs(rng.gauss(0, 0.05)),
                 "expert_load": _shares(rng, 0.2),
+                "flops": 3.1e10 + rng.gauss(0, 1e9),
+                "time.mfu": 0.1 + rng.gauss(0, 0.005),
+                "time.peak_bytes": 1_200_000_000 + 1_000_003 * i,
                 **_clock(i, 2.9, 9100 + rng.gauss(0, 300), rate),
             }
         )
         if i % 5 == 0 or i == steps:
             lines.append({"kind": "samples", "stage": "grpo", "step": i, "samples": [_sample(rng) for _ in range(4)]})
     return lines
+
+
+def _plan(stage: str, steps: int, held: dict[str, int], rate: float) -> dict[str, Any]:
+    seconds = steps * 0.7
+    return {
+        "kind": "plan",
+        "stage": stage,
+        "tokens": steps * 9000,
+        "flops": steps * 1.1e10,
+        "memory": held | {"activations": 90_000_000},
+        "utilisation": 0.39,
+        "time.peak_flops": 180e9,
+        "time.planned_seconds": seconds,
+        "time.planned_dollars": seconds * rate / 3600,
+    }
 
 
 def _sample(rng: random.Random) -> dict[str, Any]:
@@ -133,9 +154,13 @@ def make_lines(
     }
     lines = [run]
     for name, steps in (("pretrain", _pretrain(rng, pretrain, pretrain, rate)), ("grpo", _grpo(rng, grpo, rate))):
+        held = {"weights": 9_600_000, "gradients": 9_500_000, "optimizer": 12_000_000}
         lines += [
             {"kind": "stage", "stage": name, "event": "start"},
-            *steps,
+            _plan(name, len(steps), held, rate),
+            steps[0],
+            {"kind": "memory", "stage": name, **held},
+            *steps[1:],
             {"kind": "stage", "stage": name, "event": "end"},
         ]
     evals = [("stages/00-pretrain", "pretrain", 0.412), ("stages/01-grpo", "grpo", 0.858)]

@@ -14,10 +14,10 @@ from whole_runs import metrics, timeless
 from jevons.config import preset
 from jevons.model import build_model
 from jevons.plan import dollars
-from jevons.recipe import OptimizerTable
+from jevons.recipe import GuardTable, OptimizerTable
 from jevons.store.run_dir import MetricsLog
-from jevons.store.train_state import load_latest
-from jevons.train.loop import MAX_BAD_STEPS, Interrupted, Loop, LoopSettings, TrainingDiverged
+from jevons.store.train_state import load_latest, load_step
+from jevons.train.loop import Interrupted, Loop, LoopSettings, TrainingDiverged
 from jevons.train.objective import LossParts, Objective, update_router_bias
 
 
@@ -40,7 +40,7 @@ class Noise(Objective):
         loss = torch.nn.functional.cross_entropy(self.model.logits(out.hidden_ND[:-1]).float(), micro[1:])
         value = loss.item()
         if self.step in self.bad:
-            loss = loss * float(random.choice(("nan", "inf")))
+            loss = loss * float(("nan", "inf")[self.step % 2])
         return LossParts(loss, {"loss": value, "tokens": 48}, out.load_RE)
 
     def after_update(self, load):
@@ -196,18 +196,20 @@ def test_updates_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
     assert all(torch.isfinite(t).all() for t in model.state_dict().values()) and len(loop.objective.loads) == 5
 
 
-def test_ten_bad_updates_in_a_row_end_the_run(tmp_path):
-    model = model_of()
+def test_ten_bad_steps_in_a_row_end_the_run_where_no_rollback_is_allowed(tmp_path):
+    model, table = model_of(), GuardTable(max_rollbacks=0)
+    limit = table.rollback_after
     first = random.randint(3, 6)
-    bad = [0, *range(first, first + MAX_BAD_STEPS)]  # one alone before does not count
-    with pytest.raises(TrainingDiverged, match=f"{MAX_BAD_STEPS} updates in a row") as error:
-        run(tmp_path, model, Noise(model, steps=40, bad=bad))
+    bad = [0, *range(first, first + limit)]  # one alone before does not count
+    with pytest.raises(TrainingDiverged, match=f"{limit} steps in a row were bad") as error:
+        run(tmp_path, model, Noise(model, steps=40, bad=bad), guard=table)
     assert "learning rate" in str(error.value) and isinstance(error.value, ValueError)
-    assert metrics(tmp_path)[-1]["step"] == first + MAX_BAD_STEPS - 1
-    step, tensors, _ = load_latest(tmp_path)
-    assert step == (first + MAX_BAD_STEPS - 1) // 3 * 3 and all(torch.isfinite(t).all() for t in tensors.values())
+    assert [x for x in metrics(tmp_path) if x["kind"] == "step"][-1]["step"] == first + limit
+    step, tensors, meta = load_latest(tmp_path)
+    assert step == (first + limit - 1) // 3 * 3 and all(torch.isfinite(t).all() for t in tensors.values())
+    assert load_step(tmp_path, meta["progress"]["good_step"])[0] == first // 3 * 3, "the last good state outlives later ones"
     almost = model_of()
-    run(tmp_path / "almost", almost, Noise(almost, steps=20, bad=range(5, 5 + MAX_BAD_STEPS - 1)))
+    run(tmp_path / "almost", almost, Noise(almost, steps=20, bad=range(5, 5 + limit - 1)), guard=table)
 
 
 def test_micro_batches_add_up_to_one_update(tmp_path):

@@ -90,3 +90,47 @@ def test_text_of_the_model_stays_text(made):
         ]
     )
     assert not re.search(r"<(script|img|u|s|i)>|<img", page)
+
+
+def cost_table(page):
+    return re.search(r"<h2>Plan against measured</h2>.*?(?=<h2>)", page, re.S).group()
+
+
+def test_plan_beside_what_was_measured(made):
+    lines = make_lines(seed=random.randrange(10**6), pretrain=12, grpo=6)
+    table = cost_table(made(lines))
+    for stage in ("pretrain", "grpo"):
+        assert f"<h3>{stage}</h3>" in table
+    steps = [line for line in lines if line["kind"] == "step" and line["stage"] == "pretrain"]
+    plan = next(line for line in lines if line["kind"] == "plan" and line["stage"] == "pretrain")
+    rows = dict(re.findall(r"<tr><th>([^<]*)</th>(.*?)</tr>", table[: table.index("<h3>grpo")]))
+    used = sum(line["flops"] for line in steps)
+    assert f"<td>{100 * plan['utilisation']:.1f} %</td>" in rows["utilisation"]
+    assert f"<td>{100 * used / steps[-1]['time.seconds'] / plan['time.peak_flops']:.1f} %</td>" in rows["utilisation"]
+    assert f"{used / plan['flops']:.3g}</small>" in rows["model FLOPs"]
+    assert "energy" not in rows, "what the machine does not tell is not there"
+    steps[-1]["time.joules"] = 12_345
+    assert "<td>–</td><td>12.3 kJ</td>" in cost_table(made(lines))
+
+
+def test_any_line_that_is_gone_changes_what_was_measured(made):
+    lines = make_lines(seed=random.randrange(10**6), pretrain=12, grpo=6)
+    whole = cost_table(made(lines))
+    for index, line in enumerate(lines):
+        if line["kind"] in ("plan", "memory", "step"):
+            assert cost_table(made(lines[:index] + lines[index + 1 :])) != whole, line
+
+
+def test_what_a_rollback_left_behind_is_not_drawn_but_was_paid_for(made):
+    lines = make_lines(seed=random.randrange(10**6), pretrain=12, grpo=6)
+    last = next(i for i, line in enumerate(lines) if line.get("stage") == "pretrain" and line.get("step") == 9)
+    again = [dict(line) for line in lines[last - 2 : last + 1]]
+    back = {"kind": "rollback", "stage": "pretrain", "step": 9, "to_step": 6, "data_from": 6, "data_to": 9, "rollbacks": 1,
+            "why": "the gradient norm is <nan>"}
+    bad = {"kind": "bad_batch", "stage": "pretrain", "step": 9, "why": "the gradient norm is <nan>"}
+    page = made([*lines[: last + 1], bad, back, *again, *lines[last + 1 :]])
+    charts = [len(points.split()) for points in re.findall(r'<polyline points="([^"]*)"', page)]
+    assert 12 in charts and 15 not in charts
+    assert "at step 9 back to step 6, and on past the data of steps 6 to 9, because the gradient norm is &lt;nan&gt;" in page
+    assert "pretrain: 1 update skipped (step 9: the gradient norm is &lt;nan&gt;)" in page
+    assert cost_table(page) != cost_table(made(lines))

@@ -18,6 +18,7 @@ from jevons.data.packing import Batch, Document, align, pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM
+from jevons.plan import forward_flops
 from jevons.reason.rollout import Episode, Roller, Rollouts
 from jevons.recipe import GRPOStage
 from jevons.tasks.base import Task
@@ -73,6 +74,8 @@ class Micro:
 
 
 class GRPO(Objective):
+    score = ("accuracy", 1)
+
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Task, stage: GRPOStage, seed: int, engine: Engine):
         self.model, self.tokenizer, self.stage = model, tokenizer, stage
         self.steps = stage.steps
@@ -85,7 +88,7 @@ class GRPO(Objective):
     def next_batch(self, step: int) -> list[list[Micro]]:
         if self.reference is not None and step > 0 and step % REFERENCE_EVERY == 0:
             self.reference.load_state_dict(self.model.state_dict())
-        rollouts = self._rollouts = self.roller.roll(step)
+        rollouts = self._rollouts = self.roller.roll(step, self.interrupt)
         self._load = None
         episodes = [e for group in rollouts.groups for e in group]
         if not episodes:
@@ -167,6 +170,11 @@ class GRPO(Objective):
             sums |= {"mtp": second.item() * count}
             loss = loss + stage.mtp_weight * micro.share * second
         return LossParts(loss, sums, out.load_RE)
+
+    def sampling_flops(self) -> float:
+        """One forward pass of every prompt and every answer, those without spread too."""
+        lengths = [len(e.completion.prompt_ids) + e.tokens for e in self._rollouts.all]
+        return sum(n * forward_flops(self.model.config, (n + 1) / 2) for n in lengths)
 
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         if load_RE is not None:  # logged only: during RL the router bias is frozen

@@ -8,10 +8,12 @@ written again, the same but for `time.*`.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,11 @@ from jevons.config import ModelConfig, preset
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
+from jevons.numerics.peak import peak_flops
 from jevons.plan import count_parameters, dollars
+from jevons.plan.counts import PlanError
+from jevons.plan.fits import check_fits, training_memory
+from jevons.plan.price import UTILISATION, Options, price_recipe
 from jevons.reason.evaluate import evaluate
 from jevons.reason.grpo import GRPO
 from jevons.reason.report import write_report
@@ -67,6 +73,7 @@ class Run:
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
+        self._peak: float | None = None  # measured when the first stage trains
 
     def execute(self, only_stage: str | None = None) -> Path:
         """Run every stage that is not complete (or just `only_stage`); returns the directory of the last checkpoint.
@@ -100,11 +107,13 @@ class Run:
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
-        if recipe.model.from_dir:
-            ModelConfig.load(recipe.model.from_dir)
-        elif (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
+        config = ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config()
+        if not recipe.model.from_dir and config.vocab_size < recipe.tokenizer.vocab_size:
             raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
                              f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
+        memory = self.runtime.gpu_memory_gib if self.runtime.device == "cuda" else self.runtime.memory_gib
+        machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+        check_fits(recipe, config, memory or 0.0, torch.get_num_threads(), max(1, machines))
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -133,21 +142,38 @@ class Run:
         self.log.truncate(json.loads((directory / BEGIN).read_text())["metrics_position"])
         self.log.append({"kind": "stage", "stage": name, "event": "start"})
 
+    def _plan(self, index: int) -> dict[str, Any]:
+        """What the plan says of a stage, before it runs. Its time is that of this machine, used as well as V3's report says."""
+        stage = self.recipe.stages[index]
+        try:
+            priced = price_recipe(self.recipe, Options())["stages"][index]
+        except PlanError as error:
+            return {"kind": "note", "stage": self.recipe.stage_name(index), "text": f"there is no plan to compare with: {error}"}
+        seconds = priced["flops"] / (self._peak * UTILISATION)
+        return {"kind": "plan", "stage": self.recipe.stage_name(index), "tokens": priced["tokens"], "flops": priced["flops"],
+                "memory": asdict(training_memory(self.model.config, stage, torch.get_num_threads())),
+                "utilisation": UTILISATION, "time.peak_flops": self._peak, "time.planned_seconds": seconds,
+                "time.planned_dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)}
+
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
         name = self.recipe.stage_name(index)
         objective = self._objective(stage)
+        self._peak = self._peak or peak_flops(self.runtime, self.runtime.dtype)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
-            dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
-            on_step=self.observer.on_step)
+            dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, should_stop=self.observer.should_stop,
+            peak_flops=self._peak, on_step=self.observer.on_step)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
             self._from_the_start(directory, name)
+            self.log.append(self._plan(index))
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
+        best = loop.states.restore_best() if self.recipe.guard.use_best else None
         save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
-            "steps": progress.step, "tokens": progress.tokens, "time.seconds": progress.seconds,
+            "steps": progress.step, "weights_of_step": best or progress.step, "tokens": progress.tokens,
+            "time.seconds": progress.seconds,
             "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)}))
         shutil.rmtree(directory / "train_state", ignore_errors=True)
 

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-Line = dict[str, Any]
+from jevons.reason.against_plan import Line, against_plan, kept_steps, number_of
+
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 190, 50, 8, 22
 # (title, unit, [(key, label)]) by kind of stage; a curve without values is left out
 _CURVES: dict[str, list[tuple[str, str, list[tuple[str, str]]]]] = {
     "pretrain": [("Loss", "", [("loss", "next token"), ("mtp_loss", "MTP")]),
-                 ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")])],
+                 ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")]),
+                 ("Gradient norm before clipping", "", [("grad_norm", "norm")]),
+                 ("Utilisation of this machine's matrix products", "%", [("time.mfu", "utilisation")])],
     "grpo": [("Reward and accuracy of sampled answers", "%", [("accuracy", "accuracy"), ("reward", "reward")]),
              ("Length in tokens", "", [("length_right", "right"), ("length_wrong", "wrong"), ("thinking_length", "thought")]),
              ("Shares", "%", [("zero_spread", "zero-spread groups"), ("truncated", "truncated"), ("clip_share", "clipped")]),
              ("Entropy, nats a token", "", [("entropy", "entropy")]),
              ("Log-prob gap, trainer against engine", "", [("logprob_gap", "gap")]),
-             ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")])],
+             ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")]),
+             ("Gradient norm before clipping", "", [("grad_norm", "norm")]),
+             ("Utilisation of this machine's matrix products", "%", [("time.mfu", "utilisation")])],
 }
 _STYLE = """
 :root { color-scheme: light dark; --bg: light-dark(#faf9f6, #141618); --card: light-dark(#fff, #1b1e21);
@@ -40,12 +46,15 @@ figure, .card { margin: 0; background: var(--card); border: 1px solid var(--line
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 8px 18px 8px 0; border-top: 1px solid var(--line); font-weight: 400; white-space: nowrap }
 thead th { border: 0; font-size: .84rem; color: var(--soft) } tbody th { font-weight: 600 }
+.plan th, .plan td { padding: 6px 12px 6px 0; font-size: .92rem } .plan tbody th { font-weight: 400; white-space: normal }
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11px } .axis { stroke: var(--line) }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round }
 .key { font-size: .82rem; color: var(--soft); margin-right: 14px; white-space: nowrap }
 .key i { display: inline-block; width: 11px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle }
 pre { background: var(--sunken); border-radius: 10px; padding: 12px 14px; margin: 8px 0 0; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .82rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
+.card + .soft { margin-top: 10px }
+@media (max-width: 600px) { th, td { padding-right: 11px; font-size: .87rem } figure, .card { padding: 12px 13px } }
 .sample { margin-bottom: 14px } .badge { font-weight: 600; font-size: .86rem; margin-right: 8px }
 .ok { color: var(--right) } .no { color: var(--wrong) }
 """
@@ -64,23 +73,18 @@ def _read(path: Path) -> list[Line]:
     return lines
 
 
-def _number(value: Any) -> float | None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
-
-
 def _show(value: Any, form: str = ",.0f", unit: str = "") -> str:
-    number = _number(value)
+    number = number_of(value)
     return "–" if number is None else f"{number:{form}}{unit}"
 
 
 def _percent(value: Any) -> str:
-    number = _number(value)
+    number = number_of(value)
     return "–" if number is None else f"{100 * number:.1f} %"
 
 
 def _dollars(value: Any) -> str:
-    number = _number(value)
+    number = number_of(value)
     if number is None:
         return "–"
     digits = 2 if number <= 0 else max(2, 1 - math.floor(math.log10(number)))
@@ -88,7 +92,7 @@ def _dollars(value: Any) -> str:
 
 
 def _duration(value: Any) -> str:
-    number = _number(value)
+    number = number_of(value)
     if number is None:
         return "–"
     minutes, seconds = divmod(round(number), 60)
@@ -115,14 +119,14 @@ def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]
     scale = 100 if unit == "%" else 1
     data = []
     for key, label in keys:
-        pairs = [(line["step"], _number(line.get(key))) for line in steps if _number(line.get("step")) is not None]
+        pairs = [(line["step"], number_of(line.get(key))) for line in steps if number_of(line.get("step")) is not None]
         data.append((label, [(x, scale * y) for x, y in pairs if y is not None]))
     points = [point for _, part in data for point in part]
     if not points:
         return ""
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    y0 = 0.0 if 0 <= y0 < 0.45 * y1 else y0
+    y0 = 0.0 if 0 <= y0 < 0.45 * y1 or 0 < y1 <= y0 * (1 + 1e-6) else y0
     y1 = y1 if y1 > y0 else y0 + 1
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -141,7 +145,8 @@ def _curve(title: str, unit: str, keys: list[tuple[str, str]], steps: list[Line]
         if part:
             path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thin(part))
             parts.append(f'<polyline points="{path}" style="stroke:var(--{color})"/>')
-            last = f"{part[-1][1]:,.1f} %" if unit == "%" else f"{part[-1][1]:,.4g}"
+            newest = part[-1][1]
+            last = f"{newest:,.1f} %" if unit == "%" else f"{newest:,.0f}" if abs(newest) >= 1000 else f"{newest:.4g}"
             legend.append(f'<span class="key"><i style="background:var(--{color})"></i>{escape(label)} <b>{last}</b></span>')
     return (f'<figure><h3>{escape(title)}</h3><div>{"".join(legend)}</div><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
             f'aria-label="{escape(title)} by step">{"".join(parts)}</svg></figure>')
@@ -188,6 +193,56 @@ def _cost(stages: list[tuple[str, list[Line]]], evals: list[Line], run: Line, do
     return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{rate}'
 
 
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "s": _duration, "$": _dollars, "%": _percent, "": lambda v: _scaled(v, ""), "FLOP": lambda v: _scaled(v, "FLOP"),
+    "B": lambda v: _scaled(v, "B"), "J": lambda v: _scaled(v, "J")}
+
+
+def _scaled(value: Any, unit: str) -> str:
+    """1.55 M, 12.3 GB: three figures."""
+    number = number_of(value)
+    if number is None:
+        return "–"
+    power = min(5, int(math.log10(number) / 3)) if number >= 1000 else 0
+    scaled = number / 1000**power
+    digits = 0 if scaled >= 100 or scaled == int(scaled) else 1 if scaled >= 10 else 2
+    return f"{scaled:,.{digits}f} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}".rstrip()
+
+
+def _against_plan(lines: list[Line]) -> str:
+    cards = []
+    for stage, rows in against_plan(lines).items():
+        body = ""
+        for what, unit, planned, measured in rows:
+            share = f"{measured / planned:.3g}" if planned and measured is not None else ""
+            body += (f"<tr><th>{what}</th><td>{_FORMS[unit](planned)}</td><td>{_FORMS[unit](measured)}</td>"
+                     f"<td><small>{share}</small></td></tr>")
+        heads = "<th></th><th>plan</th><th>measured</th><th>ratio</th>"
+        cards.append(f'<div class="card scroll"><h3>{escape(stage)}</h3><table class="plan"><thead><tr>{heads}</tr></thead>'
+                     f"<tbody>{body}</tbody></table></div>")
+    note = ('<p class="soft">The plan counts every answer as long as its limit, and takes this machine’s own matrix products at '
+            "the utilisation that V3’s report reached. The rest of memory is the program itself.</p>")
+    return f'<h2>Plan against measured</h2>{note}<div class="grid">{"".join(cards)}</div>' if cards else ""
+
+
+def _notes(lines: list[Line]) -> str:
+    """What a person should know: notes, rollbacks, and the first bad batches of each stage."""
+    said, bad = [], {}
+    for line in lines:
+        stage, step = line.get("stage", ""), _show(line.get("step"))
+        if line.get("kind") == "note":
+            said.append(f'{stage}: {line.get("text", "")}')
+        elif line.get("kind") == "rollback":
+            said.append(f'{stage}: at step {step} back to step {_show(line.get("to_step"))}, and on past the data of steps '
+                        f'{_show(line.get("data_from"))} to {_show(line.get("data_to"))}, because {line.get("why", "")}')
+        elif line.get("kind") == "bad_batch":
+            bad.setdefault(stage, []).append(f'step {step}: {line.get("why", "")}')
+    for stage, reasons in bad.items():
+        first = "; ".join(reasons[:3]) + " ..." * (len(reasons) > 3)
+        said.append(f'{stage}: {len(reasons)} update{"s" * (len(reasons) > 1)} skipped ({first})')
+    return "".join(f'<p class="soft">{escape(text)}</p>' for text in said)
+
+
 def _samples(lines: list[Line]) -> str:
     """Five of the newest sample thoughts: three right and two wrong ones where there are as many of either."""
     newest = [dict(sample, where=f'{line.get("stage", "")}, step {line.get("step", "?")}') for line in reversed(lines)
@@ -212,18 +267,18 @@ def write_report(metrics_path: Path, out: Path) -> None:
     evals = [line for line in lines if line.get("kind") == "eval"]
     kinds = {stage.get("name"): stage.get("kind") for stage in run.get("stages", []) if isinstance(stage, dict)}
     names = list(dict.fromkeys(line.get("stage") for line in lines if line.get("kind") == "step"))
-    stages = [(str(name), [line for line in lines if line.get("kind") == "step" and line.get("stage") == name]) for name in names]
+    stages = [(str(name), steps) for name in names if (steps := kept_steps(lines, name))]
     curves = ""
     for name, steps in stages:
         charts = "".join(_curve(*spec, steps) for spec in _CURVES.get(kinds.get(name, name), _CURVES["pretrain"]))
         curves += f'<h2>{escape(name)}</h2><div class="grid">{charts}</div>' if charts else ""
-    notes = "".join(f'<p class="soft">{escape(str(line.get("stage", "")))}: {escape(str(line.get("text", "")))}</p>'
-                    for line in lines if line.get("kind") == "note")
     size = f'{_show(run.get("parameters"))} parameters, {_show(run.get("active_parameters"))} active per token.'
     title = escape(_headline(run, evals, done))
     body = (f'<h1>{title}</h1><p class="soft">{escape(str(run.get("description", "")))} {size}</p>'
-            f'<p class="soft">Taught: {escape(str(run.get("taught", "")))}</p>{notes}<h2>Before and after</h2>{_evals(evals)}'
-            f'{curves}<h2>Cost</h2>{_cost(stages, evals, run, done)}<h2>Sample thoughts</h2>{_samples(lines)}'
+            f'<p class="soft">Taught: {escape(str(run.get("taught", "")))}</p>{_notes(lines)}'
+            f'<h2>Before and after</h2>{_evals(evals)}'
+            f'{curves}<h2>Cost</h2>{_cost(stages, evals, run, done)}{_against_plan(lines)}'
+            f'<h2>Sample thoughts</h2>{_samples(lines)}'
             f'<h2>Recipe</h2><pre>{escape(recipe.read_text(encoding="utf-8") if recipe.is_file() else "(no recipe.toml)")}</pre>'
             f'<p class="soft"><small>Made from the {len(lines)} lines of metrics.jsonl.</small></p>')
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +73,17 @@ class Roller:
         self._render = tokenizer.renderer()
         self.end_think_id = tokenizer.special[END_THINK]
 
-    def roll(self, step: int) -> Rollouts:
+    def roll(self, step: int, on_step: Callable[[], None] | None = None) -> Rollouts:
         """Groups for one step, a function of (weights, seed, step). Groups without spread are replaced by new problems,
-        `resample_rounds` times; what still has none carries no gradient and is left out."""
+        `resample_rounds` times; what still has none carries no gradient and is left out. `on_step` is called before every
+        step of the engine; what it raises ends the rollouts, and nothing of them stays behind."""
         kept: list[list[Episode]] = []
         everything: list[list[Episode]] = []
         for round_index in range(self.stage.resample_rounds + 1):
             missing = self.stage.problems - len(kept)
             if missing == 0:
                 break
-            groups = self._round(step, round_index, missing)
+            groups = self._round(step, round_index, missing, on_step)
             everything += groups
             kept += [g for g in groups if len({e.value for e in g}) > 1]
         for index, group in enumerate(everything):
@@ -90,7 +91,8 @@ class Roller:
                 episode.advantage, episode.group = advantage, index
         return Rollouts(kept, [e for g in everything for e in g], 1 - len(kept) / len(everything))
 
-    def _round(self, step: int, round_index: int, count: int) -> list[list[Episode]]:
+    def _round(self, step: int, round_index: int, count: int,
+               on_step: Callable[[], None] | None) -> list[list[Episode]]:
         stage = self.stage
         rng = random.Random(f"rollout {self.seed + stage.first_seed} {step} {round_index}")
         problems = [self.task.sample(rng) for _ in range(count)]
@@ -100,7 +102,7 @@ class Roller:
             requests += [Request(prompt, SamplingParams(stage.max_tokens, stage.temperature, seed=rng.getrandbits(63),
                                                         stop_token_ids=self.tokenizer.stop_ids))
                          for _ in range(stage.group_size)]
-        completions = self.engine.generate(requests)
+        completions = self.engine.generate(requests, on_step)
         episodes = []
         for index, completion in enumerate(completions):
             problem = problems[index // stage.group_size]

@@ -1,10 +1,12 @@
-"""metrics.jsonl as TensorBoard scalars, written anew after each stage: a resumed run leaves no doubled points."""
+"""metrics.jsonl as TensorBoard scalars, written anew after each stage: a resumed or rolled-back run leaves no doubled points."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+
+from jevons.reason.against_plan import kept_steps
 
 
 def write_tensorboard(metrics: Path, directory: Path) -> None:
@@ -13,10 +15,9 @@ def write_tensorboard(metrics: Path, directory: Path) -> None:
 
     shutil.rmtree(directory, ignore_errors=True)
     with SummaryWriter(str(directory)) as writer:
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["kind"] != "step":
-                continue
-            for key, value in record.items():
-                if isinstance(value, int | float) and key not in ("step", "time.unix"):
-                    writer.add_scalar(f"{record['stage']}/{key}", value, record["step"], walltime=record["time.unix"])
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        for stage in dict.fromkeys(line["stage"] for line in lines if line["kind"] == "step"):
+            for record in kept_steps(lines, stage):
+                for key, value in record.items():
+                    if isinstance(value, int | float) and key not in ("step", "time.unix"):
+                        writer.add_scalar(f"{stage}/{key}", value, record["step"], walltime=record["time.unix"])

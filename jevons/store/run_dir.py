@@ -119,10 +119,14 @@ class MetricsLog:
             self._file.truncate(size)
             raise StoreError(error.errno, f"{self.path} could not be written: {error.strerror}") from error
 
+    def size(self) -> int:
+        """Bytes so far, perhaps not all of them on the disk."""
+        return os.fstat(self._file.fileno()).st_size
+
     def position(self) -> int:
         """Bytes so far, all of them on the disk: what a checkpoint notes."""
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return self.size()
 
     def truncate(self, position: int) -> None:
         """Go back to a noted position. Raises RunDirError if the file cannot be the one it was noted in."""

@@ -2,7 +2,8 @@
 
     STAGE/train_state/step-00000050/{state.safetensors, meta.json}
 
-A step's directory appears by one rename after everything in it is on the disk; the last two are kept.
+A step's directory appears by one rename after everything in it is on the disk. The last `keep` stay, and what is `spared`;
+`best` is a link to the best of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,28 @@ _STEP = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
 
 
-def save_train_state(stage_dir: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> Path:
-    """Store one step and drop all but the last two. Raises StoreError, the steps before intact, when the disk refuses."""
+def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, each with storage of its own: the format holds no views, and training goes on meanwhile."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def save_train_state(stage_dir: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any],
+                     keep: int = KEEP, spared: Collection[int] = ()) -> Path:
+    """Store one step and drop all but the last `keep` and those `spared`. Raises StoreError, the steps before intact, when the
+    disk refuses."""
+    return write_train_state(stage_dir, step, snapshot(tensors), meta, keep, spared)
+
+
+def write_train_state(stage_dir: str | Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any],
+                      keep: int = KEEP, spared: Collection[int] = ()) -> Path:
+    """The same for tensors that are a snapshot already."""
     root = Path(stage_dir) / "train_state"
     final = root / f"step-{step:08d}"
     unfinished = temporary(final)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        # clone: the format holds no views of one storage, and parameters often are
-        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
-                  unfinished / "state.safetensors")
+        save_file(tensors, unfinished / "state.safetensors")
         fsync(unfinished / "state.safetensors")
         record = {"step": step, "sha256": _sha256(unfinished / "state.safetensors"), "meta": meta}
         with open(unfinished / "meta.json", "w", encoding="utf-8") as file:
@@ -59,9 +73,61 @@ def save_train_state(stage_dir: str | Path, step: int, tensors: dict[str, torch.
         raise
     if replaced:
         shutil.rmtree(replaced, ignore_errors=True)
-    for old in _steps(root)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in _steps(root)[:-keep]:
+        if int(old.name[5:]) not in spared:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def mark_best(stage_dir: str | Path, step: int) -> None:
+    """Let the link `best` name this step, in one rename. Raises StoreError when the disk refuses."""
+    link = Path(stage_dir) / "train_state" / "best"
+    unfinished = temporary(link)
+    try:
+        unfinished.unlink(missing_ok=True)
+        unfinished.symlink_to(f"step-{step:08d}")
+        os.replace(unfinished, link)
+    except OSError as error:
+        raise StoreError(error.errno, f"{link} could not be written: {error.strerror}") from error
+
+
+def load_step(stage_dir: str | Path, step: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
+    """One step, as `load_latest` gives it. Raises CheckpointError where it is damaged or not there."""
+    return _load(Path(stage_dir) / "train_state" / f"step-{step:08d}")
+
+
+def drop_after(stage_dir: str | Path, step: int) -> None:
+    """Remove the steps after `step`, newest first."""
+    for path in reversed(_steps(Path(stage_dir) / "train_state")):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+class Writer:
+    """One thread that writes states while training goes on; never two at once."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "states")
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Begin to write, after what is being written is done. Raises what that raised."""
+        self.wait()
+        self._pending = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raises what the last write raised, once it has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises StoreError, the steps before intact, where the disk refused."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 def load_latest(stage_dir: str | Path) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -75,6 +141,8 @@ def load_latest(stage_dir: str | Path) -> tuple[int, dict[str, torch.Tensor], di
             os.rename(leftover, final)
     for leftover in root.glob("step-*.*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in root.glob("best.tmp-*"):
+        leftover.unlink()
     for path in reversed(_steps(root)):
         try:
             return _load(path)

@@ -27,10 +27,12 @@ def words_of(task: Any, closing_words: str | None) -> str:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) once: stop at the next step, with the state saved. Twice: stop at once; the last save stays."""
+    """Ctrl-C, or SIGTERM (a machine that is taken away) once: the state is saved at the next moment that changes no number.
+    Twice: stop at once; the last save stays. `code` is the exit status of either: 130 or 143."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.code = 128 + signal.SIGINT
         self.notice = "stopping after this step; once more to stop at once"
         self.on_stop = lambda: None
 
@@ -43,10 +45,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
+        self.code = 128 + number
         if self.asked:
             if os.isatty(2):
                 os.write(2, b"\x1b[?25h")  # the progress bar hides the cursor
-            os._exit(130)  # saves are atomic: whatever was being written is as if it had never begun
+            os._exit(self.code)  # saves are atomic: whatever was being written is as if it had never begun
         self.asked = True
         self.on_stop()
         os.write(2, f"\n{self.notice}\n".encode())

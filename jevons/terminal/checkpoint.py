@@ -121,10 +121,13 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
 def _describe_speed() -> dict[str, Any]:
     from jevons.numerics.kernels import read_rate
     from jevons.numerics.native import state
+    from jevons.numerics.peak import peak_flops
 
-    use_threads()
+    runtime = use_threads()
     rate, threads = read_rate()
-    return {"native kernels": state(), "memory read": f"{rate / 1e9:.1f} GB/s ({threads} thread{'s' * (threads > 1)}, 1 GiB)"}
+    peak = peak_flops(runtime, runtime.dtype)
+    return {"native kernels": state(), "memory read": f"{rate / 1e9:.1f} GB/s ({threads} thread{'s' * (threads > 1)}, 1 GiB)",
+            "matrix products": f"{peak / 1e9:,.0f} GFLOP/s in {runtime.compute_dtype} (measured once)"}
 
 
 def _rope_in_words(config: Any) -> str:

@@ -89,7 +89,7 @@ def run_recipe(name: str, out: Path | None, only_stage: str | None = None, addre
             _open_page(f"{beside.server.url}/runs")
         final = _run(recipe, text, out, console, stop, beside, only_stage)
         if final is None:
-            raise SystemExit(130)
+            raise SystemExit(stop.code)
         _summary(out, console)
         if beside is not None and serve_after and only_stage is None:
             from jevons.store.checkpoint import load_checkpoint

@@ -1,7 +1,6 @@
 """The one training loop. It owns optimizer, schedule, precision, checkpoints and the log; objectives come in as callables.
 
-Resume is bit-exact: a step's data comes from (seed, step), and the state holds parameters, buffers and optimizer in
-full precision, the objective's own state, and how long metrics.jsonl was.
+Resume is bit-exact: a step's data comes from (seed, step), and `train/state.py` keeps everything else that a number depends on.
 """
 
 from __future__ import annotations
@@ -17,21 +16,23 @@ import torch
 
 from jevons.model import CausalLM
 from jevons.plan import dollars
-from jevons.recipe import OptimizerTable
+from jevons.recipe import GuardTable, OptimizerTable
 from jevons.store.run_dir import MetricsLog
-from jevons.store.train_state import load_latest, save_train_state
+from jevons.train.cost import Meter
+from jevons.train.guard import Guard, TrainingDiverged, describe_batch
 from jevons.train.objective import LossParts, Objective
-from jevons.train.optim import build_optimizers, load_optimizer_tensors, lr_factor, optimizer_tensors
+from jevons.train.optim import build_optimizers, lr_factor
+from jevons.train.state import Progress, States
 
-MAX_BAD_STEPS = 10  # consecutive updates without a finite gradient before the run stops
-
-
-class TrainingDiverged(ValueError):
-    """Too many updates in a row had no finite loss or gradient."""
+__all__ = ["Interrupted", "Loop", "LoopSettings", "Progress", "TrainingDiverged"]
 
 
 class Interrupted(Exception):
     """The run was asked to stop; its state is saved."""
+
+
+class _Abandoned(Exception):
+    """The step was left before it changed anything."""
 
 
 @dataclass
@@ -44,22 +45,11 @@ class LoopSettings:
     save_every: int
     dtype: torch.dtype  # precision of matrix products; master weights stay float32
     dollars_per_hour: float
+    guard: GuardTable = GuardTable()
     should_stop: Callable[[], bool] = lambda: False
+    may_abandon: bool = True  # ask it within steps too, and leave a step that has changed nothing yet
+    peak_flops: float | None = None  # a second, of this machine's own matrix products in `dtype`
     on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None  # after every step: progress, chat
-
-
-@dataclass
-class Progress:
-    """What a stage has done so far; saved with the state."""
-
-    step: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    seconds: float = 0.0
-
-    def saved(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass
@@ -67,6 +57,9 @@ class StepResult:
     sums: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     lr: float = 0.0
+    flops: float = 0.0
+    bad: str | None = None  # why an update was not made
+    changed: bool = False  # an update was made
 
 
 class Loop:
@@ -76,33 +69,58 @@ class Loop:
         self._pool: ThreadPoolExecutor | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = Progress()
+        self.guard = Guard(settings.guard, objective.watch_loss)
+        self.meter = Meter(settings.peak_flops)
+        self.states = States(self)
+        objective.interrupt = self._interrupt
 
     def run(self) -> Progress:
-        """Train to the end of the budget. Raises Interrupted after saving when asked to stop."""
+        """Train to the end of the budget. Raises Interrupted after saving when asked to stop, TrainingDiverged where rolling
+        back does not help, StoreError where a state could not be written."""
+        try:
+            self._run()
+        finally:
+            self.states.close()
+        return self.progress
+
+    def _run(self) -> None:
         self.model.train()
         began = time.monotonic() - self.progress.seconds
         while self.progress.step < self.objective.steps:
             started = time.monotonic()
-            result = self._step()
+            try:
+                result = self._step()
+            except _Abandoned:
+                self._clear_gradients()
+                self._stop()
             self.progress.step += 1
             now = time.monotonic()
             self.progress.seconds = now - began
             record = self._log(result, now - started)
-            last = self.progress.step == self.objective.steps
             self.settings.on_step(record, self.objective.steps)
-            stop = self.settings.should_stop() and not last
-            if last or stop or self.progress.step % self.settings.save_every == 0:
-                self.save()
-            if stop:
-                raise Interrupted(f"stopped after step {self.progress.step} of {self.objective.steps}; the state is saved")
-        return self.progress
+            self.states.check()
+            if self.progress.bad_in_a_row >= self.settings.guard.rollback_after:
+                self.states.roll_back(result.bad or "")
+            last = self.progress.step == self.objective.steps
+            if self.settings.should_stop() and not last:
+                self._stop()
+            if last or self.progress.step % self.settings.save_every == 0 and self.states.saved_step != self.progress.step:
+                self.states.save(wait=last)
+
+    def _stop(self) -> None:
+        step = self.progress.step
+        if step and self.states.saved_step != step:
+            self.states.save(wait=True)
+        raise Interrupted(f"stopped after step {step} of {self.objective.steps}; the state is saved")
 
     def _step(self) -> StepResult:
-        table = self.settings.optimizer
+        table, data_step = self.settings.optimizer, self.progress.step + self.progress.passed_over
         result = StepResult(lr=table.lr * lr_factor(self.progress.step, self.objective.steps, table))
-        for update in self.objective.next_batch(self.progress.step):
+        self._result = result
+        for index, update in enumerate(self.objective.next_batch(data_step)):
             load: torch.Tensor | None = None
-            for parts, grads in self._gradients(update):
+            loss = 0.0
+            for micro, (parts, grads) in zip(update, self._gradients(update), strict=True):
                 for parameter, grad in zip(self._parameters, grads, strict=True):
                     if grad is not None:
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -110,9 +128,24 @@ class Loop:
                     result.sums[key] = result.sums.get(key, 0.0) + value
                 if parts.load_RE is not None:
                     load = parts.load_RE if load is None else load + parts.load_RE
+                loss += parts.loss.item()
+                result.flops += self.objective.flops(micro)
+                self._interrupt()
             if update:
-                self._update(result, load)
+                why = self._update(result, load, loss)
+                if why is not None:
+                    self._note_bad(data_step, index, update, why)
+        if result.changed:
+            self.progress.bad_in_a_row = 0
+        elif result.bad is not None:
+            self.progress.bad_in_a_row += 1
+        result.flops += self.objective.sampling_flops()
         return result
+
+    def _interrupt(self) -> None:
+        """Leaves a step when asked to stop, as long as the weights are those it began with."""
+        if self.settings.may_abandon and not self._result.changed and self.settings.should_stop():
+            raise _Abandoned
 
     def _gradients(self, update: list[Any]) -> Iterator[tuple[LossParts, tuple[torch.Tensor | None, ...]]]:
         """Loss and gradients of each micro-batch, in order. On CPU cores take one each: two threads that share every small
@@ -136,13 +169,14 @@ class Loop:
         for first in range(0, len(update), threads):
             yield from self._pool.map(one, update[first : first + threads])
 
-    def _update(self, result: StepResult, load: torch.Tensor | None) -> None:
-        """One optimizer step; skipped, and counted, where the gradient is not finite."""
+    def _update(self, result: StepResult, load: torch.Tensor | None, loss: float) -> str | None:
+        """One optimizer step, or why none was made."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.grad_clip)
         result.grad_norm = norm.item()
-        factor = lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer)
-        if torch.isfinite(norm):
-            self.progress.bad_in_a_row = 0
+        why = self.guard.judge(result.grad_norm, loss)
+        if why is None:
+            result.changed = True
+            factor = lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * factor
@@ -150,12 +184,18 @@ class Loop:
             self.objective.after_update(load)
         else:
             self.progress.skipped += 1
-            self.progress.bad_in_a_row += 1
+            result.bad = why
+        self._clear_gradients()
+        return why
+
+    def _clear_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if self.progress.bad_in_a_row >= MAX_BAD_STEPS:
-            raise TrainingDiverged(f"{MAX_BAD_STEPS} updates in a row had no finite gradient (stage {self.settings.stage}, step "
-                                   f"{self.progress.step}); the last good state is kept. A lower learning rate would help")
+
+    def _note_bad(self, data_step: int, index: int, update: list[Any], why: str) -> None:
+        """`next_batch(data_step)[index]` gives the batch again (GRPO: under the weights of then)."""
+        self.log.append({"kind": "bad_batch", "stage": self.settings.stage, "step": self.progress.step + 1,
+                         "data_step": data_step, "update": index, "why": why} | describe_batch(self.objective, update))
 
     def _log(self, result: StepResult, seconds: float) -> dict[str, Any]:
         progress, stage = self.progress, self.settings.stage
@@ -163,51 +203,21 @@ class Loop:
         tokens = int(metrics["tokens"])
         progress.tokens += tokens
         record = {"kind": "step", "stage": stage, "step": progress.step} | metrics | {"tokens": progress.tokens}
-        record |= {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": progress.skipped}
+        record |= {"grad_norm": result.grad_norm, "lr": result.lr, "skipped": progress.skipped, "flops": result.flops}
         record |= {"time.seconds": round(progress.seconds, 3), "time.step_seconds": round(seconds, 4),
-                   "time.tokens_per_second": round(tokens / seconds, 1),
+                   "time.tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
                    "time.dollars": dollars(progress.seconds, self.settings.dollars_per_hour), "time.unix": time.time()}
+        record |= self.meter.read(result.flops, seconds, progress)
+        progress.see(record, *self.objective.score)
         self.log.append(record)
+        if result.changed and not progress.measured:
+            self.log.append({"kind": "memory", "stage": stage} | self.meter.held(self.model, self.optimizers))
+            progress.measured = True
         samples = self.objective.samples()
         if samples:
             self.log.append({"kind": "samples", "stage": stage, "step": progress.step, "samples": samples})
         return record
 
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        tensors = {f"model.{name}": t for name, t in _model_tensors(self.model).items()}
-        tensors |= optimizer_tensors(self.model, self.optimizers)
-        tensors |= {f"objective.{name}": t for name, t in self.objective.tensors().items()}
-        meta = {"progress": self.progress.saved(), "objective": self.objective.state_dict(),
-                "metrics_position": self.log.position(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                "dtype": str(self.settings.dtype)}
-        save_train_state(self.settings.directory, self.progress.step, tensors, meta)
-
     def resume(self) -> int:
         """Go back to the last saved state, if there is one; the step to go on from."""
-        found = load_latest(self.settings.directory)
-        if found is None:
-            return 0
-        _, tensors, meta = found
-        now = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(self.settings.dtype)}
-        self.log.truncate(meta["metrics_position"])
-        changed = {key: (meta[key], value) for key, value in now.items() if meta[key] != value}
-        if changed:
-            what = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
-            self.log.append({"kind": "note", "stage": self.settings.stage, "text": f"resumed, but not bit-exactly: {what}"})
-        with torch.no_grad():
-            for name, tensor in _model_tensors(self.model).items():
-                tensor.copy_(tensors[f"model.{name}"])
-        load_optimizer_tensors(self.model, self.optimizers, tensors)
-        self.objective.load_tensors({n.removeprefix("objective."): t for n, t in tensors.items() if n.startswith("objective.")})
-        self.objective.load_state_dict(meta["objective"])
-        self.progress = Progress(**meta["progress"])
-        return self.progress.step
-
-
-def _model_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer once (tied weights under one name)."""
-    tensors = dict(model.named_parameters())
-    persistent = set(model.state_dict())
-    return {n: t.detach() for n, t in tensors.items()} | {n: b for n, b in model.named_buffers() if n in persistent}
+        return self.states.resume()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from jevons.data.packing import Batch
 from jevons.model import CausalLM, TrainOutput
 from jevons.numerics import linear
+from jevons.plan import training_flops
 
 
 @dataclass
@@ -27,6 +29,10 @@ class Objective:
     optimizer step. All randomness comes from the seed and `step`, so the state is small (often empty)."""
 
     steps: int
+    model: CausalLM
+    watch_loss = False  # a loss far over its median marks a bad batch: for cross-entropies over much data
+    score = ("loss", -1)  # what the best state is chosen by, and which sign makes more of it better
+    interrupt: Callable[[], None] = staticmethod(lambda: None)  # the loop's; to be called within long work of `next_batch`
 
     def next_batch(self, step: int) -> list[list[Any]]:
         raise NotImplementedError
@@ -44,6 +50,23 @@ class Objective:
     def samples(self) -> list[dict[str, Any]]:
         """Samples to show for this step; often none."""
         return []
+
+    def token_ids(self, micro: Any) -> torch.Tensor:
+        """The ids that a micro-batch holds, for the log of a bad one."""
+        return micro if isinstance(micro, torch.Tensor) else getattr(micro, "batch", micro).tokens_N
+
+    def flops(self, micro: Any) -> float:
+        """Model FLOPs of a micro-batch, forward and backward, by the plan's formula; what its padding costs is not counted."""
+        positions_N = getattr(getattr(micro, "batch", micro), "positions_N", None)
+        if positions_N is None or not bool((positions_N >= 0).any()):
+            return 0.0
+        context = (positions_N[positions_N >= 0] + 1).double()  # tokens that each token attends to
+        mtp = bool(self.model.mtp) and getattr(getattr(self, "stage", None), "mtp_weight", 1.0) > 0
+        return training_flops(self.model.config, context.numel(), 2 * float(context.mean()) - 1, mtp)
+
+    def sampling_flops(self) -> float:
+        """Model FLOPs of this step beside its micro-batches: of rollouts."""
+        return 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that resuming needs."""

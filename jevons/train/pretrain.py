@@ -31,6 +31,8 @@ def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: f
 class Pretrain(Objective):
     """One update a step, of as many micro-batches as `batch_tokens` holds `micro_batch_tokens`."""
 
+    watch_loss = True
+
     def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Any, stage: PretrainStage, seed: int):
         self.model, self.tokenizer, self.task, self.stage, self.seed = model, tokenizer, task, stage, seed
         self.steps = max(1, round(stage.tokens / stage.batch_tokens))

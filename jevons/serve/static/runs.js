@@ -2,7 +2,7 @@
 
 import { byId, compact, dollars, duration, h, icon, number, percent, themeButton } from "./dom.js";
 import { LineChart } from "./chart.js";
-import { RunState, series } from "./runstate.js";
+import { RunState, againstPlan, series } from "./runstate.js";
 
 const [ONE, TWO, THREE, FOUR] = [1, 2, 3, 4].map((n) => `var(--series-${n})`);
 const share = (value, exact) => percent(value, exact ? 1 : 0);
@@ -12,6 +12,7 @@ const CHARTS = {
   pretrain: [
     { title: "Loss", note: "Next token, and the token after it (MTP)", lines: [["loss", "next token", ONE], ["mtp_loss", "MTP", TWO]], format: plain },
     { title: "Tokens a second", lines: [["time.tokens_per_second", "tokens/s", ONE]], format: compact },
+    { title: "Utilisation", note: "Of this machine's own matrix products", lines: [["time.mfu", "share of the peak", THREE]], format: share, low: 0 },
     { title: "Gradient norm", lines: [["grad_norm", "norm", THREE]], format: plain },
     { title: "Learning rate", lines: [["lr", "rate", TWO]], format: plain },
     { title: "Load imbalance", note: "Largest expert load over the mean, minus 1", lines: [["max_violation", "largest violation", FOUR]], format: plain },
@@ -23,6 +24,7 @@ const CHARTS = {
     { title: "Entropy", lines: [["entropy", "nats a token", THREE]], format: plain },
     { title: "Log-prob gap", note: "Trainer against engine, mean absolute", lines: [["logprob_gap", "gap", TWO]], format: plain, low: 0 },
     { title: "Tokens a second", lines: [["time.tokens_per_second", "tokens/s", ONE]], format: compact },
+    { title: "Utilisation", note: "Of this machine's own matrix products", lines: [["time.mfu", "share of the peak", THREE]], format: share, low: 0 },
     { title: "Loss", note: "GRPO's starts near 0, and that is right", lines: [["loss", "GRPO", ONE], ["mtp_loss", "MTP", TWO]], format: plain },
     { title: "Gradient norm", lines: [["grad_norm", "norm", THREE]], format: plain },
   ],
@@ -87,6 +89,7 @@ function draw() {
   drawTiles();
   drawEvals();
   drawCharts();
+  drawCosts();
   drawExperts();
   drawSamples();
 }
@@ -108,7 +111,7 @@ function drawStages() {
 
 function drawNotes() {
   const { state } = page;
-  const skipped = [...state.stages.values()].filter((stage) => stage.last?.skipped > 0).map((stage) => `${stage.name}: ${stage.last.skipped} of its updates skipped, because they were not finite`);
+  const skipped = [...state.stages.values()].filter((stage) => stage.last?.skipped > 0).map((stage) => `${stage.name}: ${stage.last.skipped} of its updates skipped${stage.bad.length ? `; the last at step ${stage.bad.at(-1).step}: ${stage.bad.at(-1).why}` : ""}`);
   const notes = [...state.notes, ...skipped];
   byId("notes").hidden = !notes.length;
   byId("notes").replaceChildren(...notes.slice(-5).map((text) => h("p", {}, text)));
@@ -162,6 +165,23 @@ function smoothingSlider(place) {
   const input = h("input", { type: "range", min: 0, max: 0.95, step: 0.05, value: page.smoothing });
   input.addEventListener("input", () => { page.smoothing = Number(input.value); drawCharts(); });
   return h("label", { class: "smoothing" }, "Smoothing", input);
+}
+
+function scaled(value, unit) { // 1.55 M, 12.3 GB
+  if (!Number.isFinite(value)) return "–";
+  const power = value < 1000 ? 0 : Math.min(5, Math.floor(Math.log10(value) / 3));
+  return `${Number((value / 1000 ** power).toPrecision(3))} ${["", "k", "M", "G", "T", "P"][power]}${unit}`.trim();
+}
+const FORMS = { s: duration, $: dollars, "%": (value) => percent(value), "": (value) => scaled(value, ""), FLOP: (value) => scaled(value, "FLOP"), B: (value) => scaled(value, "B"), J: (value) => scaled(value, "J") };
+
+function drawCosts() {
+  const stages = [...page.state.stages.values()].filter((stage) => stage.plan && stage.last), section = byId("costs");
+  section.hidden = !stages.length;
+  const row = ([what, unit, planned, measured]) => h("tr", {}, h("th", { scope: "row" }, what), h("td", {}, FORMS[unit](planned)), h("td", {}, FORMS[unit](measured)),
+    h("td", { class: "soft" }, Number.isFinite(measured / planned) ? Number((measured / planned).toPrecision(3)).toString() : ""));
+  section.replaceChildren(h("h2", {}, "Plan against measured"), h("p", { class: "hint" }, "The plan counts every answer as long as its limit, and takes this machine's own matrix products at the utilisation that V3's report reached. The rest of memory is the program itself."),
+    h("div", { class: "costs" }, stages.map((stage) => h("div", { class: "scroll" }, h("h3", {}, stage.name), h("table", {},
+      h("thead", {}, h("tr", {}, ["", "plan", "measured", "ratio"].map((word) => h("th", {}, word)))), h("tbody", {}, againstPlan(stage).map(row)))))));
 }
 
 function drawExperts() {

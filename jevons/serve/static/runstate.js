@@ -13,7 +13,7 @@ export class RunState {
   }
 
   stage(name) {
-    if (!this.stages.has(name)) this.stages.set(name, { name, kind: name, budget: null, unit: "steps", status: "waiting", steps: [], last: null, evaluated: 0, seconds: 0, dollars: 0 });
+    if (!this.stages.has(name)) this.stages.set(name, { name, kind: name, budget: null, unit: "steps", status: "waiting", steps: [], last: null, plan: null, held: null, bad: [], flops: 0, peak: NaN, evaluated: 0, seconds: 0, dollars: 0 });
     return this.stages.get(name);
   }
 
@@ -30,7 +30,16 @@ export class RunState {
     if (line.kind === "stage") named.status = line.event === "end" ? "done" : "running";
     else if (named.status === "waiting") named.status = "running";
     if (line.kind === "note") this.notes.push(`${line.stage}: ${line.text}`);
+    if (line.kind === "plan") named.plan = line;
+    if (line.kind === "memory") named.held = line;
+    if (line.kind === "bad_batch") named.bad.push(line);
+    if (line.kind === "rollback") { // what came after the good state counts no more, but was paid for
+      named.steps = named.steps.filter((step) => step.step <= line.to_step);
+      this.notes.push(`${line.stage}: at step ${line.step} back to step ${line.to_step}, and on past the data of steps ${line.data_from} to ${line.data_to}`);
+    }
     if (line.kind === "step") {
+      named.flops += line.flops ?? 0;
+      named.peak = Math.max(named.peak || 0, line["time.peak_bytes"] ?? NaN);
       named.steps.push(line);
       named.last = line;
       named.seconds = line["time.seconds"] ?? named.seconds; // counted from the stage's beginning
@@ -97,6 +106,24 @@ export class RunState {
     if (rates.length) return { value: rates.reduce((a, b) => a + b) / rates.length, note: "of sampled answers, last 10 steps" };
     return { value: NaN, note: "known once the model answers" };
   }
+}
+
+/** Rows [what, unit, planned, measured] of a stage that has a plan and a step; the report has the same. */
+export function againstPlan({ plan, held, last, flops, peak }) {
+  const memory = plan.memory ?? {}, seconds = last["time.seconds"], parts = ["weights", "gradients", "optimizer"];
+  const rest = held ? peak - parts.reduce((sum, key) => sum + held[key], 0) : NaN;
+  return [
+    ["tokens", "", plan.tokens, last.tokens],
+    ["model FLOPs", "FLOP", plan.flops, flops || NaN],
+    ["utilisation", "%", plan.utilisation, flops / seconds / plan["time.peak_flops"] || NaN],
+    ["tokens a second", "", plan.tokens / plan["time.planned_seconds"], last.tokens / seconds],
+    ["time", "s", plan["time.planned_seconds"], seconds],
+    ["dollars", "$", plan["time.planned_dollars"], last["time.dollars"]],
+    ...parts.map((key) => [key, "B", memory[key], held?.[key]]),
+    ["activations and the rest", "B", memory.activations, rest],
+    ["memory in all", "B", [...parts, "activations"].reduce((sum, key) => sum + memory[key], 0), peak],
+    ...(Number.isFinite(last["time.joules"]) ? [["energy", "J", NaN, last["time.joules"]]] : []),
+  ];
 }
 
 /** Points [step, value] of one key, leaving out what was not a number. */
