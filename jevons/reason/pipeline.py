@@ -22,6 +22,7 @@ from jevons.config import ModelConfig, preset
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
+from jevons.model.precision import fp8_settings
 from jevons.plan import count_parameters, dollars
 from jevons.reason.evaluate import evaluate
 from jevons.reason.grpo import GRPO
@@ -64,6 +65,8 @@ class Run:
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        compute = recipe.precision.compute  # beside FP8 projections the machine's own precision
+        self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(compute, self.runtime.dtype)
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
@@ -134,12 +137,12 @@ class Run:
         self.log.append({"kind": "stage", "stage": name, "event": "start"})
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
-        name = self.recipe.stage_name(index)
+        name, recipe = self.recipe.stage_name(index), self.recipe.precision
         objective = self._objective(stage)
         settings = LoopSettings(
-            stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
+            stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
-            on_step=self.observer.on_step)
+            on_step=self.observer.on_step, moments=recipe.moments, fp8=fp8_settings(recipe))
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
@@ -159,7 +162,7 @@ class Run:
         engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
                         max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + prompt))
         objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
-        objective.dtype = self.runtime.dtype
+        objective.dtype = self.dtype
         return objective
 
     def _evaluate(self, index: int, stage: EvalStage, directory: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from jevons.model import CausalLM
+from jevons.model.precision import set_training_precision
+from jevons.numerics import Fp8
 from jevons.plan import dollars
 from jevons.recipe import OptimizerTable
 from jevons.store.run_dir import MetricsLog
@@ -44,6 +46,8 @@ class LoopSettings:
     save_every: int
     dtype: torch.dtype  # precision of matrix products; master weights stay float32
     dollars_per_hour: float
+    moments: str = "float32"  # of AdamW: "float32" or "bf16"
+    fp8: Fp8 | None = None  # how projections train in FP8; None: in `dtype`
     should_stop: Callable[[], bool] = lambda: False
     on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None  # after every step: progress, chat
 
@@ -72,7 +76,8 @@ class StepResult:
 class Loop:
     def __init__(self, model: CausalLM, objective: Objective, settings: LoopSettings, log: MetricsLog):
         self.model, self.objective, self.settings, self.log = model, objective, settings, log
-        self.optimizers = build_optimizers(model, settings.optimizer)
+        self.optimizers = build_optimizers(model, settings.optimizer, settings.moments)
+        set_training_precision(model, settings.fp8)
         self._pool: ThreadPoolExecutor | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = Progress()
@@ -181,8 +186,14 @@ class Loop:
         tensors |= {f"objective.{name}": t for name, t in self.objective.tensors().items()}
         meta = {"progress": self.progress.saved(), "objective": self.objective.state_dict(),
                 "metrics_position": self.log.position(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                "dtype": str(self.settings.dtype)}
+                "dtype": self._precision()}
         save_train_state(self.settings.directory, self.progress.step, tensors, meta)
+
+    def _precision(self) -> str:
+        """What the numbers of a step depend on: the products' precision."""
+        fp8 = self.settings.fp8
+        scales = f" with FP8 projections ({fp8.accumulation}, power_of_two={fp8.power_of_two})" if fp8 else ""
+        return f"{self.settings.dtype}{scales}"
 
     def resume(self) -> int:
         """Go back to the last saved state, if there is one; the step to go on from."""
@@ -190,7 +201,7 @@ class Loop:
         if found is None:
             return 0
         _, tensors, meta = found
-        now = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(self.settings.dtype)}
+        now = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": self._precision()}
         self.log.truncate(meta["metrics_position"])
         changed = {key: (meta[key], value) for key, value in now.items() if meta[key] != value}
         if changed:
