@@ -2,11 +2,12 @@
 
     python experiments/fp8_against_bf16.py --data DIR --out fp8_pairs.json [--size 2M|10M] [--pairs 8] [--threads 1]
 
-DIR holds tinyshakespeare/input.txt and gsm8k/{train,test}.jsonl. Pair i differs from the others in the initial weights and in the
-order of the data. Everything but the projections is the same in both arms: AdamW with its moments in bf16, float32 master weights,
-bf16 for the rest of the network. Reported is the relative gap of the EMA-0.9-smoothed validation loss at the end (the V3 report's
-measure, appendix B.1), its mean over pairs and a 95 % t interval. Finished runs go into the JSON file at once: the same command
-goes on from there. `--arms bf16 float32` shows what a change of rounding alone does. Takes minutes a pair; `--quick` seconds.
+DIR holds tinyshakespeare/input.txt and gsm8k/{train,test}.jsonl. Pair i differs from the others in the initial weights and in
+the order of the data. Everything but the projections is the same in both arms: AdamW with its moments in bf16, float32 master
+weights, bf16 for the rest of the network. Reported is the relative gap of the EMA-0.9-smoothed validation loss at the end (the
+V3 report's measure, appendix B.1), its mean over pairs and a 95 % t interval. Finished runs go into the JSON file at once: the
+same command goes on from there.
+`--arms bf16 float32` shows what a change of rounding alone does. Takes minutes a pair; `--quick` seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FP8 training: codes and scales to the bit, products of every back end, the linear's three products, and what a model does with it."""
+"""FP8 training: codes and scales to the bit, products of every back end, the linear's three products, whole runs."""
 
 import os
 import subprocess
@@ -361,8 +361,7 @@ def test_a_step_in_fp8_goes_where_one_in_float32_goes():
 def test_resume_in_fp8_with_bf16_moments_is_the_same_to_the_last_bit(tmp_path):
     table = OptimizerTable(matrices="adamw", schedule="constant")
     options = dict(moments="bf16", fp8=Fp8(), dtype=torch.bfloat16, save_every=2, optimizer=table)
-    whole, records = run(tmp_path / "whole", **options)
-    assert records[-1]["loss"] < records[0]["loss"]
+    whole, _ = run(tmp_path / "whole", **options)
     adam = whole.optimizers[0]
     assert isinstance(adam, AdamWBF16) and {s["exp_avg_sq"].dtype for s in adam.state.values()} == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in whole.model.parameters())

@@ -104,7 +104,9 @@ class MLP(nn.Module):
 
     def ready(self, x_ND: torch.Tensor) -> bool:
         """Whether the native kernel may take this MLP and `x_ND`."""
-        return not training(self.fp8) and kernels.usable(x_ND) and self.table.ready(self.gate_up_proj.weight, self.down_proj.weight, x_ND.dtype)
+        if training(self.fp8):
+            return False
+        return kernels.usable(x_ND) and self.table.ready(self.gate_up_proj.weight, self.down_proj.weight, x_ND.dtype)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         if self.ready(x_ND) and len(x_ND) <= (kernels.FEW_FP8 if self.table.compact else kernels.FEW[x_ND.dtype]):

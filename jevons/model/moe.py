@@ -135,7 +135,9 @@ class ExpertBank(nn.Module):
 
     def for_few(self, x_ND: torch.Tensor, routing: Routing, shared: MLP | None) -> torch.Tensor | None:
         """`forward` plus the shared MLP in one native call, for a few tokens without gradients; None where that cannot be."""
-        if training(self.fp8_up) or not kernels.usable(x_ND) or not self.table.ready(self.gate_up_proj, self.down_proj, x_ND.dtype):
+        if training(self.fp8_up):
+            return None
+        if not kernels.usable(x_ND) or not self.table.ready(self.gate_up_proj, self.down_proj, x_ND.dtype):
             return None
         if routing.experts_NK.numel() > FEW_ROWS and not self.table.compact:
             return None

@@ -57,12 +57,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x_MK, w, offs_E, fp8: Fp8, dtype: torch.dtype, swiglu: bool):
         back = fp8.choose(x_MK.device)
         power = fp8.power_of_two or fp8.x_power_of_two or fp8.cache == "e5m6"
-        h = _swiglu(x_MK) if swiglu else x_MK
+        h = back.fuse(_swiglu)(x_MK) if swiglu else x_MK
         x, w8 = back.tiles(h, power), back.weight(w, fp8.power_of_two)
         if swiglu:
             kept = back.tiles(x_MK, fp8.power_of_two)[:2]
         else:
-            kept = pack_e5m6(x_MK) if fp8.cache == "e5m6" else x[:2]
+            kept = back.fuse(pack_e5m6)(x_MK) if fp8.cache == "e5m6" else x[:2]
         ctx.save_for_backward(*kept, w8.codes, w8.scale, offs_E)
         ctx.how, ctx.power, ctx.types = (fp8, back, swiglu), power, (x_MK.dtype, w.dtype)
         ctx.k, ctx.w_rows = h.shape[1], w8.rows
@@ -76,15 +76,13 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_w = None
         x = Quantised(kept, kept_scale, 1)  # what Wgrad makes its 128 x 1 tiles of
         if swiglu:
-            gate_up = dequantise(x)
-            x = _swiglu(gate_up)
+            gate_up, x = back.fuse(_again)(kept, kept_scale)
         elif fp8.cache == "e5m6":
-            x = unpack_e5m6(kept, kept_scale, ctx.k)
+            x = back.fuse(unpack_e5m6)(kept, kept_scale, ctx.k)
         if ctx.needs_input_grad[0]:
             grad, w_t = back.tiles(grad_MN, grad_power), Quantised(w_codes, w_scale, ctx.w_rows).t()
-            h_dtype = torch.float32 if swiglu else x_dtype
-            grad_x = back.matmul(grad, w_t, h_dtype) if offs_E is None else back.grouped(grad, w_t, offs_E, h_dtype)
-            grad_x = _swiglu_backward(grad_x, gate_up).to(x_dtype) if swiglu else grad_x
+            grad_x = back.matmul(grad, w_t, x_dtype) if offs_E is None else back.grouped(grad, w_t, offs_E, x_dtype)
+            grad_x = back.fuse(_swiglu_backward)(grad_x, gate_up) if swiglu else grad_x
         if ctx.needs_input_grad[1]:
             rows, ends = (None, None) if offs_E is None else whole_tiles(offs_E, len(grad_MN))
             grad, x = back.columns(grad_MN, grad_power, rows), back.columns(x, ctx.power, rows)
@@ -97,7 +95,13 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def _again(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[gate | up] as it was kept, and SwiGLU of it, in float32."""
+    gate_up = dequantise(Quantised(codes, scale, 1))
+    return gate_up, _swiglu(gate_up)
+
+
 def _swiglu_backward(grad_h: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     s = gate.sigmoid()
-    return torch.cat([grad_h * up * s * (1 + gate * (1 - s)), grad_h * gate * s], dim=-1)
+    return torch.cat([grad_h * up * s * (1 + gate * (1 - s)), grad_h * gate * s], dim=-1).to(grad_h.dtype)

@@ -53,7 +53,8 @@ def _quantise_kernel(x, x_scale, rows_p, codes, scale, m, k, x_m, x_k, xs_m, xs_
 
 
 def _quantise(x: torch.Tensor, strides: tuple[int, int], m: int, k: int, power_of_two: bool, square: bool,
-              rows_P: torch.Tensor | None = None, x_scale: torch.Tensor | None = None, codes_dtype=torch.float8_e4m3fn) -> Quantised:
+              rows_P: torch.Tensor | None = None, x_scale: torch.Tensor | None = None,
+              codes_dtype: torch.dtype = torch.float8_e4m3fn) -> Quantised:
     """[M, K] seen through `strides`, or stacked [E, M, K]; scales lie as `scaled_mm` wants them."""
     experts = x.shape[0] if x.dim() == 3 else 1
     height = BLOCK if square else 32
