@@ -35,9 +35,11 @@ def scaling(outlier: float, columns: int) -> None:
     apart = ~torch.isin(torch.arange(K) // 128, outliers // 128)
     w8 = dequantise(quantise_weight(w))
     ways = {"one for the tensor": scaled(x, x.abs().max()),
-            "one a row": scaled(x, x.abs().amax(1, keepdim=True)), "1 x 128 tiles": dequantise(quantise_tiles(x)), "1 x 128, powers of two": dequantise(quantise_tiles(x, True))}
+            "one a row": scaled(x, x.abs().amax(1, keepdim=True)), "1 x 128 tiles": dequantise(quantise_tiles(x)),
+            "1 x 128, powers of two": dequantise(quantise_tiles(x, True))}
     print(f"{columns} of {K} channels are {outlier:g} times the rest; error (root mean square, relative) outside of them\n")
-    print("| scales | elements | of them exactly 0 | their product | elements in tiles without an outlier |\n|---|---|---|---|---|")
+    print("| scales | elements | of them exactly 0 | their product | elements in tiles without an outlier |")
+    print("|---|---|---|---|---|")
 
     def error(got: torch.Tensor, want: torch.Tensor) -> str:
         return f"{((got - want).norm() / want.norm()).item():.2%}"
