@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import Fp8Weight, Rows, Weight, dense, kernels, linear
+from jevons.numerics import Fp8, Fp8Weight, Rows, Weight, dense, kernels, linear, swiglu_linear, training
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
 Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
@@ -31,10 +31,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.parts = parts
+        self.fp8: Fp8 | None = None  # see model/precision.py
         self._dense: tuple[Weight, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.fp8)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as one tensor; a packed one is unpacked once and kept, for those who ask at every step."""
@@ -99,16 +100,18 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(dim, 2 * inter, parts={"gate_proj": inter, "up_proj": inter})
         self.down_proj = Linear(inter, dim)
         self.table = kernels.ExpertTable()
+        self.fp8: Fp8 | None = None  # of SwiGLU and down_proj
 
     def ready(self, x_ND: torch.Tensor) -> bool:
         """Whether the native kernel may take this MLP and `x_ND`."""
+        if training(self.fp8):
+            return False
         return kernels.usable(x_ND) and self.table.ready(self.gate_up_proj.weight, self.down_proj.weight, x_ND.dtype)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         if self.ready(x_ND) and len(x_ND) <= (kernels.FEW_FP8 if self.table.compact else kernels.FEW[x_ND.dtype]):
             return kernels.experts(x_ND, None, None, None, self.table)
-        gate, up = self.gate_up_proj(x_ND).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return swiglu_linear(self.gate_up_proj(x_ND), self.down_proj.weight, fp8=self.fp8)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

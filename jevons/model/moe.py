@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.attention import Segments
 from jevons.model.layers import MLP, Fetch, HFView, packed_views
-from jevons.numerics import Rows, grouped_linear, kernels
+from jevons.numerics import Fp8, Rows, grouped_linear, kernels, swiglu_linear, training
 from jevons.numerics.native import CChoice
 
 ALIGN = 32
@@ -112,6 +112,8 @@ class ExpertBank(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.n_routed_experts, 2 * self.inter, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, self.inter))
         self.table = kernels.ExpertTable()
+        self.fp8_up: Fp8 | None = None  # see model/precision.py
+        self.fp8_down: Fp8 | None = None
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         if isinstance(self.down_proj, list):
@@ -133,6 +135,8 @@ class ExpertBank(nn.Module):
 
     def for_few(self, x_ND: torch.Tensor, routing: Routing, shared: MLP | None) -> torch.Tensor | None:
         """`forward` plus the shared MLP in one native call, for a few tokens without gradients; None where that cannot be."""
+        if training(self.fp8_up):
+            return None
         if not kernels.usable(x_ND) or not self.table.ready(self.gate_up_proj, self.down_proj, x_ND.dtype):
             return None
         if routing.experts_NK.numel() > FEW_ROWS and not self.table.compact:
@@ -157,8 +161,8 @@ class ExpertBank(nn.Module):
         size = n * k + (align - 1) * len(rows_E) if align > 1 else n * k
         x_MD = _Dispatch.apply(x_ND, cell_M, k, size)
         offs_E = ends_E.to(torch.int32)
-        gate, up = grouped_linear(x_MD, self.gate_up_proj, offs_E).chunk(2, dim=-1)
-        y_MD = grouped_linear(F.silu(gate) * up, self.down_proj, offs_E)
+        gate_up = grouped_linear(x_MD, self.gate_up_proj, offs_E, self.fp8_up)
+        y_MD = swiglu_linear(gate_up, self.down_proj, offs_E, self.fp8_down)
         y_NKD = _Collect.apply(y_MD, cell_M).view(n, k, -1)
         return (y_NKD * routing.weights_NK[..., None].to(y_NKD.dtype)).sum(1)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from jevons.numerics.fp8_linear import Fp8, fp8_linear, training
 from jevons.numerics.kernels import FEW, FEW_FP8, handle, linear_dense, linear_packed, usable
 from jevons.numerics.native import CWeight
 from jevons.numerics.packed import Fp8Weight, IntWeight
@@ -64,8 +65,10 @@ def _most_rows(weight: Weight, dtype: torch.dtype) -> float:
     return math.inf if isinstance(weight, IntWeight) else FEW_FP8 if isinstance(weight, Fp8Weight) else FEW.get(dtype, 0)
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., in], weight [out, in] -> [..., out]"""
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, fp8: Fp8 | None = None) -> torch.Tensor:
+    """x [..., in], weight [out, in] -> [..., out]; as `fp8` says where it is given, but for the engine."""
+    if training(fp8):
+        return fp8_linear(x, weight, bias, fp8)
     if isinstance(weight, torch.Tensor):
         out = linear_dense(x, weight, bias)
         return F.linear(x, weight, bias) if out is None else out
@@ -77,12 +80,15 @@ def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight.dense(dtype)
 
 
-def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], offs_E: torch.Tensor) -> torch.Tensor:
+def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], offs_E: torch.Tensor, fp8: Fp8 | None = None,
+                   ) -> torch.Tensor:
     """Rows of `x_MD`, sorted by expert, times their own expert's weight: [M, F]. Weights are stacked, or one an expert.
 
     `offs_E` (int32) holds the end of each expert's rows; the last one is M. Under autocast both operands are cast,
     as `F.linear` does by itself and `grouped_mm` does not.
     """
+    if training(fp8):
+        return fp8_linear(x_MD, w_EFD, None, fp8, offs_E)
     if not isinstance(w_EFD, torch.Tensor):
         ends = offs_E.tolist()
         outs = [linear(x_MD[begin:end], w) for w, begin, end in zip(w_EFD, [0, *ends], ends, strict=False) if end > begin]
@@ -91,3 +97,13 @@ def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], o
         dtype = torch.get_autocast_dtype(x_MD.device.type)
         x_MD, w_EFD = x_MD.to(dtype), w_EFD.to(dtype)
     return F.grouped_mm(x_MD, w_EFD.transpose(-2, -1), offs=offs_E)
+
+
+def swiglu_linear(gate_up: torch.Tensor, weight: Weight | Sequence[Weight], offs_E: torch.Tensor | None = None,
+                  fp8: Fp8 | None = None) -> torch.Tensor:
+    """silu(gate) * up times the weight; with `offs_E` a grouped product. In FP8 gate and up are kept, not what is multiplied."""
+    if training(fp8):
+        return fp8_linear(gate_up, weight, None, fp8, offs_E, swiglu=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    h = F.silu(gate) * up
+    return linear(h, weight) if offs_E is None else grouped_linear(h, weight, offs_E)

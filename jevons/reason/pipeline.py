@@ -24,6 +24,7 @@ from jevons.config import ModelConfig, preset
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
+from jevons.model.precision import fp8_settings
 from jevons.numerics.peak import peak_flops
 from jevons.plan import count_parameters, dollars
 from jevons.plan.counts import PlanError
@@ -70,6 +71,8 @@ class Run:
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        compute = recipe.precision.compute  # beside FP8 projections the machine's own precision
+        self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(compute, self.runtime.dtype)
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
@@ -156,13 +159,13 @@ class Run:
                 "time.planned_dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)}
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
-        name = self.recipe.stage_name(index)
+        name, recipe = self.recipe.stage_name(index), self.recipe.precision
         objective = self._objective(stage)
-        self._peak = self._peak or peak_flops(self.runtime, self.runtime.dtype)
+        self._peak = self._peak or peak_flops(self.runtime, self.dtype)
         settings = LoopSettings(
-            stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
-            dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, should_stop=self.observer.should_stop,
-            peak_flops=self._peak, on_step=self.observer.on_step)
+            stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
+            dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, moments=recipe.moments,
+            fp8=fp8_settings(recipe), should_stop=self.observer.should_stop, peak_flops=self._peak, on_step=self.observer.on_step)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
@@ -185,7 +188,7 @@ class Run:
         engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
                         max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + prompt))
         objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
-        objective.dtype = self.runtime.dtype
+        objective.dtype = self.dtype
         return objective
 
     def _evaluate(self, index: int, stage: EvalStage, directory: Path) -> None:

@@ -13,11 +13,15 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from jevons.recipe.guard import GuardTable
+from jevons.recipe.precision import PrecisionTable
 from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage, Stage
 from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, Table, TaskTable, TokenizerTable
 
-__all__ = ["RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "GuardTable", "ModelTable", "OptimizerTable", "PretrainStage",
-           "Recipe", "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe"]
+__all__ = [
+    "RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "GuardTable", "ModelTable", "OptimizerTable", "PrecisionTable",
+    "PretrainStage", "Recipe", "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe",
+    "parse_recipe",
+]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -34,10 +38,14 @@ class Recipe(Table):
     tokenizer: TokenizerTable = TokenizerTable()
     cost: CostTable = CostTable()
     guard: GuardTable = GuardTable()
+    precision: PrecisionTable = PrecisionTable()
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            if hasattr(stage, "optimizer"):
+                self.precision.check_betas(stage.optimizer.betas, f"stages[{index}].optimizer")
         names = [self.stage_name(i) for i in range(len(self.stages))]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names {names} are not distinct; give each stage its own `name`")
@@ -52,7 +60,7 @@ class Recipe(Table):
 
 
 _TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
-           "guard": GuardTable}
+           "guard": GuardTable, "precision": PrecisionTable}
 _KINDS = {"pretrain": PretrainStage, "grpo": GRPOStage, "eval": EvalStage}
 
 

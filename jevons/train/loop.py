@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from jevons.model import CausalLM
+from jevons.model.precision import set_training_precision
+from jevons.numerics import Fp8
 from jevons.plan import dollars
 from jevons.recipe import GuardTable, OptimizerTable
 from jevons.store.run_dir import MetricsLog
@@ -46,10 +48,17 @@ class LoopSettings:
     dtype: torch.dtype  # precision of matrix products; master weights stay float32
     dollars_per_hour: float
     guard: GuardTable = GuardTable()
+    moments: str = "float32"  # of AdamW: "float32" or "bf16"
+    fp8: Fp8 | None = None  # how projections train in FP8; None: in `dtype`
     should_stop: Callable[[], bool] = lambda: False
     may_abandon: bool = True  # ask it within steps too, and leave a step that has changed nothing yet
     peak_flops: float | None = None  # a second, of this machine's own matrix products in `dtype`
     on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None  # after every step: progress, chat
+
+    def precision(self) -> str:
+        """What the numbers of a step depend on: the products' precision, in words."""
+        scales = f" with FP8 projections ({self.fp8.accumulation}, power_of_two={self.fp8.power_of_two})" if self.fp8 else ""
+        return f"{self.dtype}{scales}"
 
 
 @dataclass
@@ -65,7 +74,8 @@ class StepResult:
 class Loop:
     def __init__(self, model: CausalLM, objective: Objective, settings: LoopSettings, log: MetricsLog):
         self.model, self.objective, self.settings, self.log = model, objective, settings, log
-        self.optimizers = build_optimizers(model, settings.optimizer)
+        self.optimizers = build_optimizers(model, settings.optimizer, settings.moments)
+        set_training_precision(model, settings.fp8)
         self._pool: ThreadPoolExecutor | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = Progress()

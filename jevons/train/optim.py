@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from jevons.recipe import OptimizerTable
 
@@ -67,15 +68,39 @@ class Muon(torch.optim.Optimizer):
                     weight.add_(o.reshape(u.shape), alpha=scale)
 
 
-def build_optimizers(model: nn.Module, table: OptimizerTable) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for hidden matrices and AdamW for the rest. Norms and biases are not decayed."""
+class AdamWBF16(torch.optim.AdamW):
+    """AdamW whose first and second moments rest in bfloat16 (V3 report, section 3.3.3). The arithmetic is torch's own, in
+    float32, a parameter at a time; weights and gradients stay float32."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state |= {key: torch.zeros_like(p, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
+                first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()
+                adamw([p], [p.grad], [first], [second], [], [state["step"]], fused=True, amsgrad=False, maximize=False,
+                      beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+                      eps=group["eps"])
+                state["exp_avg"].copy_(first)
+                state["exp_avg_sq"].copy_(second)
+
+
+def build_optimizers(model: nn.Module, table: OptimizerTable, moments: str = "float32") -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for hidden matrices and AdamW for the rest. Norms and biases are not decayed. `moments` ("float32",
+    "bf16") is what AdamW keeps its own in; Muon's momentum is float32."""
+    adam = AdamWBF16 if moments == "bf16" else torch.optim.AdamW
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: rows for n, rows in model.matrix_parts().items() if n in parameters} if table.matrices == "muon" else {}
     rest = [p for name, p in parameters.items() if name not in matrices]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": table.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=table.lr, betas=table.betas, fused=True)]
+        adam([g for g in groups if g["params"]], lr=table.lr, betas=table.betas, fused=True)]
     if matrices:
         optimizers.append(Muon([parameters[n] for n in matrices], list(matrices.values()), lr=table.matrix_lr,
                                weight_decay=table.weight_decay))
@@ -104,7 +129,9 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
-    """The reverse. Raises ValueError for a tensor of a parameter that the model or its optimizer has not."""
+    """The reverse. Raises ValueError for a tensor of a parameter that the model or its optimizer has not, and for
+    moments in another precision."""
+    moments = [torch.bfloat16 if isinstance(o, AdamWBF16) else torch.float32 for o in optimizers]
     owned = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
@@ -115,5 +142,8 @@ def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimi
             if parameter is None or int(index) >= len(owned) or parameter not in owned[int(index)]:
                 raise ValueError(f"train state: {name} belongs to no parameter that optimizer {index} trains; it is another "
                                  "model's or another optimizer's state")
+            if value.dim() and value.dtype != moments[int(index)]:
+                raise ValueError(f"train state: {name} is {value.dtype}, and this run's optimizer keeps {moments[int(index)]}; "
+                                 "precision.moments is not what the state was saved with")
             # AdamW's step count stays where it is
             optimizers[int(index)].state[parameter][key] = value if value.dim() == 0 else value.to(parameter.device)

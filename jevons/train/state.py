@@ -67,7 +67,7 @@ class States:
     """Saves and restores a loop."""
 
     def __init__(self, loop: Loop):
-        self._loop, self._writer, self._machine = loop, Writer(), _machine(loop.settings.dtype)
+        self._loop, self._writer, self._machine = loop, Writer(), _machine(loop.settings.precision())
         self.saved_step: int | None = None
 
     def save(self, wait: bool = False) -> None:
@@ -173,10 +173,10 @@ class States:
         loop.progress = Progress(**meta["progress"])
 
 
-def _machine(dtype: torch.dtype) -> dict[str, Any]:
+def _machine(precision: str) -> dict[str, Any]:
     """What the last bits of every number depend on beside the state."""
     runtime = Runtime.detect("cpu")
-    return {"jevons": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype),
+    return {"jevons": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": precision,
             "cpu features": ", ".join(runtime.cpu_features) or "none of those that matter",
             "torch's cpu kernels": torch.backends.cpu.get_cpu_capability(),
             "native kernels": "none" if native_state().startswith("none") else "on"}
