@@ -143,12 +143,8 @@ def validate(model: CausalLM, text: Text, length: int, rows: int = 64, most: int
     if load is not None:
         found["load"] = load.tolist()
     if pairs:
-        found |= {"mtp_loss": second / batch_weight(pairs), "acceptance_on_text": accepted / pairs}
+        found |= {"mtp_loss": second / pairs, "acceptance_on_text": accepted / pairs}
     return found
-
-
-def batch_weight(pairs: float) -> float:
-    return max(pairs, 1.0)
 
 
 @torch.no_grad()
