@@ -28,7 +28,7 @@ class Settings:
     steps: int = 300
     rows: int = 16
     length: int = 128
-    bias_speed: float = 0.003
+    bias_speed: float = 0.01
     inter: int = 80
     hidden: int = 128
     layers: int = 4
