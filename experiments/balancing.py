@@ -28,7 +28,7 @@ WARM = 1 / 3  # of the steps; loads are counted after
 
 @dataclass
 class Settings:
-    steps: int = 300
+    steps: int = 200
     rows: int = 16
     length: int = 128
     bias_speed: float = 0.01

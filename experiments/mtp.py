@@ -25,7 +25,7 @@ ARMS = ("off", "on")
 
 @dataclass
 class Settings:
-    steps: int = 300
+    steps: int = 200
     rows: int = 16
     length: int = 128
     bias_speed: float = 0.01
