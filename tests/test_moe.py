@@ -12,7 +12,8 @@ from nets import lively, nano, random_ids
 from torch.autograd import gradcheck
 
 from jevons.data.packing import pack
-from jevons.model.moe import ExpertBank, Gate, MoE, Routing, _Collect, _Dispatch
+from jevons.model.moe import ExpertBank, Gate, MoE, Routing
+from jevons.numerics.fused import _Collect, _Dispatch
 from jevons.train.objective import load_metrics, update_router_bias
 
 SHAPES = [dict(n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=2),

@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import Fp8, Fp8Weight, Rows, Weight, dense, kernels, linear, swiglu_linear, training
+from jevons.numerics import Fp8, Fp8Weight, Rows, Weight, dense, fused, kernels, linear, swiglu_linear, training
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
 Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
@@ -86,10 +85,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., dim] in the input's precision; the mean of squares is taken in float32."""
-        out = kernels.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype) if out is None else out
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[..., dim] in the input's precision, or `dtype`; the mean of squares is taken in float32."""
+        out = kernels.rms_norm(x, self.weight, self.eps) if dtype in (None, x.dtype) else None
+        return fused.rms_norm(x, self.weight, self.eps, dtype) if out is None else out
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.attention import Segments
 from jevons.model.layers import MLP, Fetch, HFView, packed_views
-from jevons.numerics import Fp8, Rows, grouped_linear, kernels, swiglu_linear, training
+from jevons.numerics import Fp8, Rows, fused, grouped_linear, kernels, swiglu_linear, training
 from jevons.numerics.native import CChoice
 
 ALIGN = 32
@@ -159,43 +159,12 @@ class ExpertBank(nn.Module):
         cell_M = torch.empty_like(order).index_copy_(0, order, torch.arange(n * k, device=order.device) - first_E[ranked]
                                                      + starts_E[ranked])
         size = n * k + (align - 1) * len(rows_E) if align > 1 else n * k
-        x_MD = _Dispatch.apply(x_ND, cell_M, k, size)
+        cell_NK = cell_M.view(n, k)
+        x_MD = fused.dispatch(x_ND, cell_NK, size, fused.autocast_dtype(x_ND))
         offs_E = ends_E.to(torch.int32)
         gate_up = grouped_linear(x_MD, self.gate_up_proj, offs_E, self.fp8_up)
         y_MD = swiglu_linear(gate_up, self.down_proj, offs_E, self.fp8_down)
-        y_NKD = _Collect.apply(y_MD, cell_M).view(n, k, -1)
-        return (y_NKD * routing.weights_NK[..., None].to(y_NKD.dtype)).sum(1)
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copy each token's row to its K cells (row i*K+j to cell_M[i*K+j]); other cells are zero. Backward collects and sums
-    over K: no scatter-add, so it is deterministic whatever the thread count, which bit-exact resume needs."""
-
-    @staticmethod
-    def forward(ctx, x_ND, cell_M, k, size):
-        ctx.save_for_backward(cell_M)
-        ctx.k = k
-        return x_ND.new_zeros(size, x_ND.shape[1]).index_copy_(0, cell_M, x_ND.repeat_interleave(k, dim=0))
-
-    @staticmethod
-    def backward(ctx, grad_MD):
-        (cell_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, cell_M).view(-1, ctx.k, grad_MD.shape[-1]).sum(1), None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    """y[cell_M]; every cell is read at most once, so the backward is a copy too."""
-
-    @staticmethod
-    def forward(ctx, y_MD, cell_M):
-        ctx.save_for_backward(cell_M)
-        ctx.size = y_MD.shape[0]
-        return y_MD.index_select(0, cell_M)
-
-    @staticmethod
-    def backward(ctx, grad_MD):
-        (cell_M,) = ctx.saved_tensors
-        return grad_MD.new_zeros(ctx.size, grad_MD.shape[1]).index_copy_(0, cell_M, grad_MD), None
+        return fused.combine(y_MD, cell_NK, routing.weights_NK)
 
 
 class MoE(nn.Module):

@@ -17,6 +17,7 @@ from jevons.model.attention import GQA, MLA, Segments
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import MLP, Fetch, HFView, Linear, RMSNorm, rotary_table
 from jevons.model.moe import Gate, MoE, Routing
+from jevons.numerics import fused
 
 
 class Block(nn.Module):
@@ -32,7 +33,7 @@ class Block(nn.Module):
     def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None,
                 ) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
-        x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND))
+        x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND, fused.autocast_dtype(x_ND)))
         h = self.post_attention_layernorm(x_ND)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(h, segments, real_N)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from jevons.numerics.fp8_linear import Fp8, fp8_linear, training
+from jevons.numerics.fused import swiglu
 from jevons.numerics.kernels import FEW, FEW_FP8, handle, linear_dense, linear_packed, usable
 from jevons.numerics.native import CWeight
 from jevons.numerics.packed import Fp8Weight, IntWeight
@@ -104,6 +105,5 @@ def swiglu_linear(gate_up: torch.Tensor, weight: Weight | Sequence[Weight], offs
     """silu(gate) * up times the weight; with `offs_E` a grouped product. In FP8 gate and up are kept, not what is multiplied."""
     if training(fp8):
         return fp8_linear(gate_up, weight, None, fp8, offs_E, swiglu=True)
-    gate, up = gate_up.chunk(2, dim=-1)
-    h = F.silu(gate) * up
+    h = swiglu(gate_up)
     return linear(h, weight) if offs_E is None else grouped_linear(h, weight, offs_E)

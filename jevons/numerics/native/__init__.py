@@ -53,6 +53,12 @@ class CChoice(ctypes.Structure):
                 ("normalise", c_int32), ("scale", c_float)]
 
 
+class CMatrix(ctypes.Structure):
+    """`Matrix` of common.h."""
+
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("bf16", c_int32)]
+
+
 # Matrices are passed as (address, elements from row to row, whether bf16).
 _MATRIX = [c_void_p, c_int64, c_int32]
 SIGNATURES = {
@@ -64,6 +70,15 @@ SIGNATURES = {
     "jevons_gate": [POINTER(CChoice), *_MATRIX, c_int64, c_int64, c_void_p, c_int32, *[c_void_p] * 5],
     "jevons_heads": [c_void_p, c_int64, c_int64, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64, c_int32,
                      c_void_p],
+    "jevons_norm": [CMatrix, c_int64, c_int64, c_void_p, c_float, CMatrix, c_void_p],
+    "jevons_norm_grad": [CMatrix, CMatrix, c_int64, c_int64, c_void_p, c_void_p, CMatrix, c_void_p, c_void_p],
+    "jevons_swiglu": [CMatrix, c_int64, c_int64, CMatrix],
+    "jevons_swiglu_grad": [CMatrix, CMatrix, c_int64, c_int64, CMatrix],
+    "jevons_cross_entropy": [CMatrix, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+    "jevons_cross_entropy_grad": [c_void_p, CMatrix, c_int64, c_int64, c_void_p, c_void_p, CMatrix],
+    "jevons_dispatch": [CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p, CMatrix, c_int64],
+    "jevons_collect": [CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p, CMatrix],
+    "jevons_collect_dots": [CMatrix, CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p],
     "jevons_read": [c_void_p, c_int64, c_int32],
 }
 
