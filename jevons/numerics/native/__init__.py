@@ -34,20 +34,20 @@ class CWeight(ctypes.Structure):
 
 
 class CExpert(ctypes.Structure):
-    """`Expert` of experts.cpp."""
+    """`Expert` of kernels.h."""
 
     _fields_ = [("gate", CWeight), ("up", CWeight), ("down", CWeight)]
 
 
 class CRouted(ctypes.Structure):
-    """`Routed` of experts.cpp."""
+    """`Routed` of kernels.h."""
 
     _fields_ = [("experts", POINTER(CExpert)), ("count", c_int64), ("k", c_int64), ("stride", c_int64 * 3),
                 ("chosen", c_void_p), ("weights", c_void_p)]
 
 
 class CChoice(ctypes.Structure):
-    """`Choice` of small.cpp."""
+    """`Choice` of kernels.h."""
 
     _fields_ = [("experts", c_int64), ("k", c_int64), ("groups", c_int64), ("kept", c_int64), ("softmax", c_int32),
                 ("normalise", c_int32), ("scale", c_float)]
@@ -64,8 +64,10 @@ SIGNATURES = {
     "jevons_gate": [POINTER(CChoice), *_MATRIX, c_int64, c_int64, c_void_p, c_int32, *[c_void_p] * 5],
     "jevons_heads": [c_void_p, c_int64, c_int64, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int64, c_int32,
                      c_void_p],
+    "jevons_pass": [c_void_p, c_int64, c_void_p],
     "jevons_read": [c_void_p, c_int64, c_int32],
 }
+RETURNS = {"jevons_read": c_uint64, "jevons_pass": c_int32}
 
 
 def cache_dir() -> Path:
@@ -112,7 +114,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
     for name, arguments in SIGNATURES.items():
         function = getattr(opened, name)
-        function.argtypes, function.restype = arguments, c_uint64 if name == "jevons_read" else None
+        function.argtypes, function.restype = arguments, RETURNS.get(name)
     return opened
 
 

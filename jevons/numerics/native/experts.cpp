@@ -1,28 +1,7 @@
 // The routed experts of a mixture, and a shared one, for few tokens: only the weights that these tokens chose are read.
+#include "kernels.h"
 #include "pool.h"
 #include "rows.h"
-
-// down(silu(gate x) * up x)
-struct Expert {
-  Weight gate, up, down;
-};
-
-// The choice of each of n tokens: k of `count` experts with their weights. `experts` is one an expert, or, with strides (bytes
-// from expert to expert of each codes), the first of a stack.
-struct Routed {
-  const Expert* experts;
-  int64_t count, k;
-  int64_t stride[3];
-  const int64_t* chosen;
-  const float* weights;
-
-  Expert at(int64_t e) const {
-    if (stride[0] == 0) return experts[e];
-    Expert one = experts[0];
-    one.gate.codes += e * stride[0], one.up.codes += e * stride[1], one.down.codes += e * stride[2];
-    return one;
-  }
-};
 
 namespace {
 struct Job {

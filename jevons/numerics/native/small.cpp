@@ -1,13 +1,6 @@
 // The small steps between products, which cost more to dispatch than to compute: a gate's choice, products head by head.
-#include "common.h"
+#include "kernels.h"
 #include "pool.h"
-
-// How a gate chooses (model/moe.py). `groups` 1: among all experts.
-struct Choice {
-  int64_t experts, k, groups, kept;
-  int32_t softmax, normalise;
-  float scale;
-};
 
 namespace {
 float dot(const float* x, const uint8_t* w, bool bf16, int64_t n) {
@@ -84,41 +77,44 @@ extern "C" void jevons_gate(const Choice* choice, void* from, int64_t stride, in
   for (int64_t e = 0; e < experts; e++) load_E[e] = rows[e];
 }
 
-// Head h of token m, x[m, h] of `in` numbers, times its own matrix: w[h] is [out, in], or, `across`, [in, out]. Strides in elements;
-// y [heads, n, out] is dense.
-extern "C" void jevons_heads(void* x, int64_t token, int64_t head, int32_t bf16, int64_t n, int64_t heads, int64_t in, void* w,
-                             int64_t w_head, int32_t w_bf16, int64_t out, int32_t across, void* y) {
-  const int64_t size = bf16 ? 2 : 4, w_size = w_bf16 ? 2 : 4, WIDE = 64;
-  const int64_t blocks = ceil_div(out, WIDE);
-  Pool::get().run(heads * blocks, 1, threads_for(heads * in * out * w_size, n), [&](int64_t unit) {
-    const int64_t h = unit / blocks, first = unit % blocks * WIDE, width = std::min(WIDE, out - first);
-    const uint8_t* matrix = (const uint8_t*)w + h * w_head * w_size;
+void multiply_heads(const HeadProduct& p) {
+  const int64_t size = p.bf16 ? 2 : 4, w_size = p.w_bf16 ? 2 : 4, WIDE = 64, in = p.in;
+  const int64_t blocks = ceil_div(p.out, WIDE);
+  Pool::get().run(p.heads * blocks, 1, threads_for(p.heads * in * p.out * w_size, p.n), [&](int64_t unit) {
+    const int64_t h = unit / blocks, first = unit % blocks * WIDE, width = std::min(WIDE, p.out - first);
+    const uint8_t* matrix = (const uint8_t*)p.w + h * p.w_head * w_size;
     thread_local std::vector<float> numbers;
     numbers.resize(ceil_div(in, 16) * 16);
-    for (int64_t m = 0; m < n; m++) {
-      const uint8_t* from = (const uint8_t*)x + (m * token + h * head) * size;
-      uint8_t* to = (uint8_t*)y + ((h * n + m) * out + first) * size;
-      for (int64_t i = 0; i < in; i += 16) store(&numbers[i], load_numbers(from + i * size, bf16, in - i));
+    for (int64_t m = 0; m < p.n; m++) {
+      const uint8_t* from = (const uint8_t*)p.x + (m * p.x_token + h * p.x_head) * size;
+      uint8_t* to = (uint8_t*)p.y + (m * p.y_token + h * p.y_head + first) * size;
+      for (int64_t i = 0; i < in; i += 16) store(&numbers[i], load_numbers(from + i * size, p.bf16, in - i));
       float result[64] = {};
-      if (!across) {
-        for (int64_t r = 0; r < width; r++) result[r] = dot(numbers.data(), matrix + (first + r) * in * w_size, w_bf16, in);
-      } else if (width == WIDE && w_bf16) {
+      if (!p.across) {
+        for (int64_t r = 0; r < width; r++) result[r] = dot(numbers.data(), matrix + (first + r) * in * w_size, p.w_bf16, in);
+      } else if (width == WIDE && p.w_bf16) {
         f32x16 a = {}, b = {}, c = {}, d = {};
-        const uint8_t* p = matrix + first * 2;
-        for (int64_t i = 0; i < in; i++, p += out * 2) {
-          a += numbers[i] * from_bf16(load<u16x16>(p)), b += numbers[i] * from_bf16(load<u16x16>(p + 32));
-          c += numbers[i] * from_bf16(load<u16x16>(p + 64)), d += numbers[i] * from_bf16(load<u16x16>(p + 96));
+        const uint8_t* w = matrix + first * 2;
+        for (int64_t i = 0; i < in; i++, w += p.out * 2) {
+          a += numbers[i] * from_bf16(load<u16x16>(w)), b += numbers[i] * from_bf16(load<u16x16>(w + 32));
+          c += numbers[i] * from_bf16(load<u16x16>(w + 64)), d += numbers[i] * from_bf16(load<u16x16>(w + 96));
         }
         store(result, a), store(result + 16, b), store(result + 32, c), store(result + 48, d);
       } else {
         for (int64_t r = 0; r < width; r += 16) {
           f32x16 a = {};
           for (int64_t i = 0; i < in; i++)
-            a += numbers[i] * load_numbers(matrix + (i * out + first + r) * w_size, w_bf16, width - r);
+            a += numbers[i] * load_numbers(matrix + (i * p.out + first + r) * w_size, p.w_bf16, width - r);
           store(result + r, a);
         }
       }
-      for (int64_t r = 0; r < width; r += 16) store_numbers(to + r * size, bf16, load<f32x16>(result + r), width - r);
+      for (int64_t r = 0; r < width; r += 16) store_numbers(to + r * size, p.bf16, load<f32x16>(result + r), width - r);
     }
   });
+}
+
+// The same; y [heads, n, out] is dense.
+extern "C" void jevons_heads(void* x, int64_t token, int64_t head, int32_t bf16, int64_t n, int64_t heads, int64_t in, void* w,
+                             int64_t w_head, int32_t w_bf16, int64_t out, int32_t across, void* y) {
+  multiply_heads({x, token, head, y, out, n * out, n, heads, in, out, w, w_head, bf16, w_bf16, across});
 }
