@@ -1,7 +1,7 @@
 // The routed experts of a mixture, and a shared one, for few tokens: only the weights that these tokens chose are read.
 #include "kernels.h"
 #include "pool.h"
-#include "rows.h"
+#include "inputs.h"
 
 namespace {
 struct Job {
@@ -80,11 +80,10 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
       const int64_t count = std::min(LIMIT, job.count - first), cell = job.first + first;
       multiply_panel(job.expert.gate, panel, in, &s.token[cell], count, gate);
       multiply_panel(job.expert.up, panel, in, &s.token[cell], count, up);
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t r = 0; r < valid; r++) {
-          const float g = gate[i * PANEL + r];
-          s.inner[(cell + i) * width + row + r] = g / (1.0f + std::exp(-g)) * up[i * PANEL + r];
-        }
+      for (int64_t i = 0; i < count; i++) {
+        const f32x16 g = load<f32x16>(gate + i * PANEL), product = g / (1.0f + exponential(-g)) * load<f32x16>(up + i * PANEL);
+        memcpy(&s.inner[(cell + i) * width + row], &product, valid * 4);
+      }
     }
   };
   auto outer = [&](int64_t unit) {

@@ -1,5 +1,4 @@
 // Sixteen rows of a weight times every row of the inputs: the unit of work that threads share.
-#pragma once
 #include "inputs.h"
 
 // -- weights that lie row by row ----------------------------------------------------------------------------------------------
@@ -299,7 +298,7 @@ static void panel_tiles(const Weight& w, int64_t panel, const Inputs& in, const 
 }
 
 // Rows panel * 16 and the fifteen after it, times the input rows at[0..count): out[i * PANEL + r].
-static void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out) {
+void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out) {
   const uint8_t* x[64];
   for (int64_t first = 0; first < count; first += 64) {
     const int64_t n = std::min<int64_t>(64, count - first);
@@ -327,9 +326,4 @@ static void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, con
 #endif
     }
   }
-}
-
-static inline int64_t panel_bytes(const Weight& w) {
-  static const int bits[] = {32, 16, 8, 8, 4};
-  return PANEL * w.columns * bits[w.kind] / 8;
 }
