@@ -1,4 +1,4 @@
-"""A pass of few tokens as one native call (numerics/native/pass.cpp): from Python a dozen calls a block take longer than the work.
+"""A pass of few tokens as one native call (native/pass.cpp): from Python a dozen calls a block take longer than the work.
 
 A network is described once, as a table of addresses; every call checks that the weights still lie there, for a trainer or
 `pack` may have moved them. What cannot be described (a weight in another precision, no compiler) goes torch's way.
@@ -90,10 +90,10 @@ class NativePass:
         tokens = None if x is not None else tokens_N.contiguous()
         x = torch.empty(n, weight.shape[1], dtype=weight.dtype) if x is None else x.clone(memory_format=torch.contiguous_format)
         out, positions, data, bf16 = torch.empty_like(x), positions_N.contiguous(), cache.data, KINDS[x.dtype]
-        call = CCall(None if tokens is None else tokens.data_ptr(), positions.data_ptr(), None if tokens is None else weight.data_ptr(),
-                     x.data_ptr(), out.data_ptr(), rope.data_ptr(), data.data_ptr() + first * data.stride(0) * data.itemsize,
-                     ctypes.pointer(meta.batch), n, x.shape[1], data.stride(0) * data.itemsize, data.shape[1], bf16,
-                     KINDS[data.dtype], self.last)
+        sources = (None, positions.data_ptr(), None) if tokens is None else (t.data_ptr() for t in (tokens, positions, weight))
+        layer = data.stride(0) * data.itemsize
+        call = CCall(*sources, x.data_ptr(), out.data_ptr(), rope.data_ptr(), data.data_ptr() + first * layer,
+                     ctypes.pointer(meta.batch), n, x.shape[1], layer, data.shape[1], bf16, KINDS[data.dtype], self.last)
         if library().jevons_pass(self.array, len(blocks), ctypes.byref(call)):
             raise IndexError(f"the page table of a call of {meta.sequences} sequences leads outside the cache, or is too short")
         return out
