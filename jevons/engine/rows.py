@@ -7,6 +7,7 @@ import torch
 
 from jevons.engine.sampler import sample, uniform
 from jevons.engine.scheduler import Sequence
+from jevons.numerics import kernels
 
 COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
 
@@ -46,9 +47,12 @@ class Rows:
     def choose(self, logits: torch.Tensor, rows: torch.Tensor | slice, positions: torch.Tensor | None = None,
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and log-probs by the parameters of `rows`; `positions` are the tokens' own, by default the next ones."""
-        at = (self.length[rows] if positions is None else positions).numpy().astype(np.uint64)
+        positions = self.length[rows] if positions is None else positions
         seeds = self.seed[rows] if isinstance(rows, slice) else self.seed[rows.numpy()]
-        return sample(logits, self.temperature[rows], self.top_p[rows], torch.from_numpy(uniform(seeds, at)))
+        temperature, top_p = self.temperature[rows], self.top_p[rows]
+        drawn = None if (top_p < 1).any() else kernels.draw(logits, temperature, seeds, positions)
+        noise = positions.numpy().astype(np.uint64)
+        return drawn or sample(logits, temperature, top_p, torch.from_numpy(uniform(seeds, noise)))
 
     def tables(self, sequences: list[Sequence]) -> torch.Tensor:
         """A page table of any sequences, in a row or not."""

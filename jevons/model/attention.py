@@ -158,7 +158,7 @@ class MLA(nn.Module):
         if native:
             data = cache.layers[layer]
             paged.store(self.paged, meta.batch, latent_NC, k_rope_NR[:, None], rope_NR, data, self.kv_a_layernorm.weight)
-            if meta.max_query > 1 and self._saved_by_expanding(meta) > EXPAND:
+            if meta.max_query > 1 and self.saved_by_expanding(meta) > EXPAND:
                 return self.o_proj(self._attend_expanded(q_nope, q_rope, rope_NR, data, meta))
         w_k, w_v = self._kv(q_nope.dtype).split([self.nope, self.v], dim=1)
         q_latent_HNC = kernels.heads(q_nope, w_k, across=True)
@@ -172,7 +172,7 @@ class MLA(nn.Module):
             out_HNC = attend_gathered(self.paged, q, cache, layer, meta).transpose(0, 1)
         return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
 
-    def _saved_by_expanding(self, meta: BatchMeta) -> int:
+    def saved_by_expanding(self, meta: BatchMeta) -> int:
         """Multiplications that per-head keys and values save over the latent: a pair costs nope + R + v, not 2 C + R, and
         every cell that was there before costs C (nope + v) to expand, where the call's own cost as much absorbed."""
         latent, (pairs, cells) = self.config.kv_lora_rank, meta.seen

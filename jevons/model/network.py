@@ -17,6 +17,7 @@ from jevons.model.attention import GQA, MLA, Segments
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import MLP, Fetch, HFView, Linear, RMSNorm, rotary_table
 from jevons.model.moe import Gate, MoE, Routing
+from jevons.model.native_pass import NativePass
 from jevons.numerics import fused
 
 
@@ -76,6 +77,8 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
         self.register_buffer("rope", torch.empty(0), persistent=False)
+        self.native = NativePass(self.layers, self.norm, self.embed_tokens)
+        self.native_mtp = [NativePass([layer], layer.shared_head["norm"], self.embed_tokens) for layer in self.mtp]
 
     def allocate(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
         """Give a model that was built on the meta device its memory; parameters stay uninitialised."""
@@ -123,6 +126,9 @@ class CausalLM(nn.Module):
     def forward(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         """Ragged flat tokens of S sequences -> normed hidden states [N, D]. Prefill, chunked prefill, decode and the
         verification of drafts are this one call; `cache` receives the new tokens' entries."""
+        out = self.native(None, tokens_N, positions_N, self.rope, cache, meta)
+        if out is not None:
+            return out
         rope = self.rope[positions_N]
         x = self.embed_tokens(tokens_N)
         for index, block in enumerate(self.layers):
@@ -133,8 +139,12 @@ class CausalLM(nn.Module):
                     meta: BatchMeta, depth: int = 0) -> torch.Tensor:
         """The MTP module over a cache of its own: hidden states of `forward` and the tokens that follow them -> normed
         hidden states whose logits predict the token after those."""
-        layer, rope = self.mtp[depth], self.rope[positions_N]
+        layer = self.mtp[depth]
         x = layer.merge(hidden_N, self.embed_tokens(next_tokens_N))
+        out = self.native_mtp[depth](x, None, positions_N, self.rope, cache, meta, depth)
+        if out is not None:
+            return out
+        rope = self.rope[positions_N]
         x, _ = layer(x, lambda attn, h: attn.cached(h, rope, depth, cache, meta))
         return layer.shared_head["norm"](x)
 

@@ -73,7 +73,7 @@ def _pack_module(module: nn.Module, name: str, kind: str, dtype: torch.dtype, pa
         del module.gate_up_proj, module.down_proj
         module.gate_up_proj, module.down_proj = both, down
     elif isinstance(module, RMSNorm | Gate):
-        module.weight = _frozen(module.weight.float())
+        module.weight = _frozen(pages.copy(module.weight, torch.float32))
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

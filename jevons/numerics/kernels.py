@@ -7,6 +7,7 @@ import ctypes
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from jevons.numerics.memory import HugePages
@@ -116,6 +117,19 @@ def gate(x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | Non
                           KINDS[weight_ED.dtype], None if bias_E is None else bias_E.data_ptr(), chosen.data_ptr(),
                           weights.data_ptr(), rows.data_ptr(), load.data_ptr())
     return chosen, weights, rows, load
+
+
+def draw(logits_SV: torch.Tensor, temperature_S: torch.Tensor, seeds_S: np.ndarray, positions_S: torch.Tensor,
+         ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Tokens and log-probs as `engine.sampler` draws them, without top-p. Seeds are uint64."""
+    if not usable(logits_SV) or not len(logits_SV):
+        return None
+    flat, temperature, positions = _flat(logits_SV), temperature_S.contiguous(), positions_S.contiguous()
+    seeds = np.ascontiguousarray(seeds_S)
+    tokens, logprobs = torch.empty(len(flat), dtype=torch.int64), torch.empty(len(flat))
+    library().jevons_draw(flat.data_ptr(), flat.stride(0), KINDS[flat.dtype], *flat.shape, temperature.data_ptr(),
+                          seeds.ctypes.data, positions.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
+    return tokens, logprobs
 
 
 class ExpertTable:

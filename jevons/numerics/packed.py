@@ -1,6 +1,6 @@
 """Weights that are stored in fewer bits than they are multiplied in: FP8 blocks as published, integers of 8 and 4 bits.
 
-Integers are laid out for `native/rows.h`: panels of 16 rows, within which a vector of 64 bytes holds four columns (8 bits) or
+Integers are laid out for `native/rows.cpp`: panels of 16 rows, within which a vector of 64 bytes holds four columns (8 bits) or
 eight (4 bits) of each row. A scale (bf16) belongs to one row and `group` columns.
 """
 

@@ -15,15 +15,16 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-from jevons.runtime import cpu_info, find_compiler
+from jevons.runtime import cpu_info, find_compiler, physical_cores
 
 HERE = Path(__file__).resolve().parent
 # not -ffast-math: a library linked with it sets flush-to-zero in the process that loads it, torch's arithmetic included
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-pthread", "-fPIC",
-         "-shared", "-Wno-psabi"]
+         "-Wno-psabi"]
 
 
 class CWeight(ctypes.Structure):
@@ -34,20 +35,20 @@ class CWeight(ctypes.Structure):
 
 
 class CExpert(ctypes.Structure):
-    """`Expert` of experts.cpp."""
+    """`Expert` of kernels.h."""
 
     _fields_ = [("gate", CWeight), ("up", CWeight), ("down", CWeight)]
 
 
 class CRouted(ctypes.Structure):
-    """`Routed` of experts.cpp."""
+    """`Routed` of kernels.h."""
 
     _fields_ = [("experts", POINTER(CExpert)), ("count", c_int64), ("k", c_int64), ("stride", c_int64 * 3),
                 ("chosen", c_void_p), ("weights", c_void_p)]
 
 
 class CChoice(ctypes.Structure):
-    """`Choice` of small.cpp."""
+    """`Choice` of kernels.h."""
 
     _fields_ = [("experts", c_int64), ("k", c_int64), ("groups", c_int64), ("kept", c_int64), ("softmax", c_int32),
                 ("normalise", c_int32), ("scale", c_float)]
@@ -79,8 +80,11 @@ SIGNATURES = {
     "jevons_dispatch": [CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p, CMatrix, c_int64],
     "jevons_collect": [CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p, CMatrix],
     "jevons_collect_dots": [CMatrix, CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p],
+    "jevons_draw": [*_MATRIX, c_int64, c_int64, *[c_void_p] * 5],
+    "jevons_pass": [c_void_p, c_int64, c_void_p],
     "jevons_read": [c_void_p, c_int64, c_int32],
 }
+RETURNS = {"jevons_read": c_uint64, "jevons_pass": c_int32}
 
 
 def cache_dir() -> Path:
@@ -111,13 +115,23 @@ def build(compiler: str, flags: list[str], target: Path) -> str | None:
     """Compile the kernels to `target`, which appears whole or not at all; the compiler's complaint, if it has one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        sources = sorted(HERE.glob("*.cpp"))
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        commands = [[compiler, *flags, "-c", str(source), "-o", out] for source, out in zip(sources, objects, strict=True)]
         built = Path(folder) / "native.so"
-        command = [compiler, *flags, *map(str, sorted(HERE.glob("*.cpp"))), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"{compiler} failed: {done.stderr.strip()[:300]}"
+        with ThreadPoolExecutor(physical_cores()) as pool:
+            done = list(pool.map(_run, commands))
+        done.append(_run([compiler, *flags, "-shared", *objects, "-o", str(built)]) if not any(done) else None)
+        if complaints := [c for c in done if c]:
+            return f"{compiler} failed: {complaints[0]}"
         os.replace(built, target)  # two processes that build at once put the same file there
     return None
+
+
+def _run(command: list[str]) -> str | None:
+    """What a command that failed complains of."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stderr.strip() or "no reason given")[:300] if done.returncode else None
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -127,7 +141,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     opened = ctypes.CDLL(str(path))
     for name, arguments in SIGNATURES.items():
         function = getattr(opened, name)
-        function.argtypes, function.restype = arguments, c_uint64 if name == "jevons_read" else None
+        function.argtypes, function.restype = arguments, RETURNS.get(name)
     return opened
 
 

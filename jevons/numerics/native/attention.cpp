@@ -12,27 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include <omp.h>
-
+#include "kernels.h"
+#include "pool.h"
 #include "tiles.h"
 
 namespace paged {
-
-// What one layer's heads read of a cell. Key and value of group g begin at key_at + g * key_step, value_at + g * value_step.
-struct Heads {
-    int64_t heads, groups;           // query heads, and the keys they share
-    int64_t plain, rotary, value;    // a key is `plain` elements, then `rotary` rotated ones; width of a value
-    int64_t cell;                    // elements of a cell
-    int64_t key_at, key_step, value_at, value_step;
-    int64_t adjacent;                // rotated pairs are dims 2i, 2i + 1 (then de-interleaved), else i, i + rotary / 2
-    float scale, epsilon;
-};
-
-// Sequence s brings tokens starts[s] .. starts[s + 1] at positions contexts[s] ...
-struct Batch {
-    int64_t sequences, page_size, table_width, table_stride;
-    const int64_t *table, *starts, *contexts;
-};
 
 // Whether every page that the call reads or writes is one of the cache's.
 inline bool pages_exist(const Batch& b, int64_t pages) {
@@ -310,15 +294,14 @@ void attend(const Heads& h, const Batch& b, View plain, View rotary, const float
     };
 
     const int64_t count = units.size();
-#pragma omp parallel for schedule(dynamic) if (count > 1 && products > ALONE)
-    for (int64_t unit = 0; unit < count; unit++) run(unit);
+    Pool& pool = Pool::get();
+    pool.run(count, 1, products > ALONE ? threads : 1, run);
     if (!apart) return;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < blocks; i++) {
+    pool.run(blocks, 1, threads, [&](int64_t i) {
         Rows& total = spread[items[i].first_part];
         for (int64_t span = 1; span < items[i].spans; span++) merge(spread[items[i].first_part + span], total, stride);
         finish(items[i], total);
-    }
+    });
 }
 
 // The norm's weight, float32 or bf16.
@@ -340,8 +323,7 @@ void store(const Heads& h, const Batch& b, View values, View rotary, Norm norm, 
         const int64_t page = b.table[s * b.table_stride + position / b.page_size];
         return layer + (page * b.page_size + position % b.page_size) * h.cell;
     };
-#pragma omp parallel for if (tokens * h.cell > ALONE)
-    for (int64_t s = 0; s < b.sequences; s++)
+    Pool::get().run(b.sequences, 4, tokens * h.cell > ALONE ? omp_get_max_threads() : 1, [&](int64_t s) {
         for (int64_t token = b.starts[s]; token < b.starts[s + 1]; token++) {
             Cell* cell = cell_of(s, token);
             if (s + AHEAD < b.sequences) prefetch(cell_of(s + AHEAD, b.starts[s + AHEAD]), h.cell);
@@ -360,6 +342,7 @@ void store(const Heads& h, const Batch& b, View values, View rotary, Norm norm, 
             const float factor = 1 / std::sqrt(sum_lanes(squares) / width + h.epsilon);
             for (i = 0; i < width; i++) narrow(widen(from[i]) * factor * norm.at(i), cell[h.value_at + i]);
         }
+    });
 }
 
 }  // namespace paged

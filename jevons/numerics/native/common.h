@@ -106,3 +106,20 @@ static inline float largest(f32x16 v) {  // of magnitudes: no NaN expected
   for (int i = 0; i < 16; i++) best = v[i] > best ? v[i] : best;
   return best;
 }
+
+// e^x to a few units in the last place; 0 under -87, at most e^88. NaN stays NaN.
+static inline f32x16 exponential(f32x16 x) {
+  const f32x16 y = x * 1.44269504f, bounded = y > 127.0f ? splat(127.0f) : y < -126.0f ? splat(-126.0f) : y;
+  const f32x16 shifted = bounded + 12582912.0f;  // rounds to whole numbers
+  // x less whole * ln 2, in two parts, keeps its digits; 2^f by its series
+  const f32x16 whole = shifted - 12582912.0f, f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  const f32x16 result = (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+  return y > 127.0f ? splat(std::exp2(127.0f)) : y < -126.0f ? f32x16{} : result;
+}

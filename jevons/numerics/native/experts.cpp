@@ -1,28 +1,7 @@
 // The routed experts of a mixture, and a shared one, for few tokens: only the weights that these tokens chose are read.
+#include "kernels.h"
 #include "pool.h"
-#include "rows.h"
-
-// down(silu(gate x) * up x)
-struct Expert {
-  Weight gate, up, down;
-};
-
-// The choice of each of n tokens: k of `count` experts with their weights. `experts` is one an expert, or, with strides (bytes
-// from expert to expert of each codes), the first of a stack.
-struct Routed {
-  const Expert* experts;
-  int64_t count, k;
-  int64_t stride[3];
-  const int64_t* chosen;
-  const float* weights;
-
-  Expert at(int64_t e) const {
-    if (stride[0] == 0) return experts[e];
-    Expert one = experts[0];
-    one.gate.codes += e * stride[0], one.up.codes += e * stride[1], one.down.codes += e * stride[2];
-    return one;
-  }
-};
+#include "inputs.h"
 
 namespace {
 struct Job {
@@ -101,11 +80,10 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
       const int64_t count = std::min(LIMIT, job.count - first), cell = job.first + first;
       multiply_panel(job.expert.gate, panel, in, &s.token[cell], count, gate);
       multiply_panel(job.expert.up, panel, in, &s.token[cell], count, up);
-      for (int64_t i = 0; i < count; i++)
-        for (int64_t r = 0; r < valid; r++) {
-          const float g = gate[i * PANEL + r];
-          s.inner[(cell + i) * width + row + r] = g / (1.0f + std::exp(-g)) * up[i * PANEL + r];
-        }
+      for (int64_t i = 0; i < count; i++) {
+        const f32x16 g = load<f32x16>(gate + i * PANEL), product = g / (1.0f + exponential(-g)) * load<f32x16>(up + i * PANEL);
+        memcpy(&s.inner[(cell + i) * width + row], &product, valid * 4);
+      }
     }
   };
   auto outer = [&](int64_t unit) {

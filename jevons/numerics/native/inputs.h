@@ -120,3 +120,11 @@ static void fill_row(const Inputs& in, int64_t m, const uint8_t* x, bool bf16, c
     }
   }
 }
+
+// Rows panel * 16 and the fifteen after it, times the input rows at[0..count): out[i * PANEL + r]. In rows.cpp.
+void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out);
+
+static inline int64_t panel_bytes(const Weight& w) {
+  static const int bits[] = {32, 16, 8, 8, 4};
+  return PANEL * w.columns * bits[w.kind] / 8;
+}

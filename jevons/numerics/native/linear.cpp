@@ -1,6 +1,6 @@
 // y = x W^T + bias for few rows of x: decoding, checking drafts, the rows of one expert. Bound by reading W.
 #include "pool.h"
-#include "rows.h"
+#include "inputs.h"
 
 static const int64_t BATCH = 256;         // rows of x that are prepared together: they stay in the second-level cache
 static const int64_t CHUNK_BYTES = 1 << 16;

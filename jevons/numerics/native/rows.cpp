@@ -1,5 +1,4 @@
 // Sixteen rows of a weight times every row of the inputs: the unit of work that threads share.
-#pragma once
 #include "inputs.h"
 
 // -- weights that lie row by row ----------------------------------------------------------------------------------------------
@@ -156,6 +155,66 @@ static void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8
     for (int r = 0; r < R; r++) out[m * PANEL + r] = sum(total[r][m]);
 }
 
+// -- many rows of inputs over float32 rows: sixteen rows are turned once, so that nothing is summed across lanes --------------------
+
+static const int MANY = 12;  // rows of inputs from which turning pays
+
+#if defined(__AVX512F__)
+static inline void turn(const f32x16* from, f32x16* to) {  // 16 x 16
+  __m512 r[16], t[16];
+  memcpy(r, from, sizeof r);
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i++) {
+    const __m512d a = (__m512d)t[i / 4 * 4 + i % 4 / 2], b = (__m512d)t[i / 4 * 4 + i % 4 / 2 + 2];
+    r[i] = (__m512)(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
+  }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 16; j += 8) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    to[i] = (f32x16)_mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    to[i + 8] = (f32x16)_mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#else
+static inline void turn(const f32x16* from, f32x16* to) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
+}
+#endif
+
+template <int M>
+static void turned_tile(const f32x16* w, int64_t columns, const uint8_t* const* rows, int64_t count, float* out) {
+  if (count < M) {
+    if constexpr (M > 1) turned_tile<M - 1>(w, columns, rows, count, out);
+    return;
+  }
+  const float* x[M];
+  f32x16 sums[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) x[m] = (const float*)rows[m], sums[m] = f32x16{};
+  for (int64_t k = 0; k < columns; k++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[m] += w[k] * x[m][k];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) store(out + m * PANEL, sums[m]);
+  if (count > M) turned_tile<8>(w, columns, rows + M, count - M, out + M * PANEL);
+}
+
+static void turned_panel(const Weight& w, int64_t panel, const uint8_t* const* x, int64_t count, float* out) {
+  static thread_local std::vector<f32x16> kept;
+  kept.resize(ceil_div(w.columns, 16) * 16);
+  const int64_t row = panel * PANEL, rows = std::min<int64_t>(PANEL, w.rows - row);
+  for (int64_t k = 0; k < w.columns; k += 16) {
+    f32x16 block[16] = {};
+    for (int64_t r = 0; r < rows; r++) block[r] = load_numbers(w.codes + ((row + r) * w.columns + k) * 4, false, w.columns - k);
+    turn(block, &kept[k]);
+  }
+  turned_tile<8>(kept.data(), w.columns, x, count, out);
+}
+
 // -- panels: sixteen rows interleaved, so that a vector holds four columns of each and nothing is summed across lanes ---------
 
 #if defined(DOT_BYTES)
@@ -299,7 +358,7 @@ static void panel_tiles(const Weight& w, int64_t panel, const Inputs& in, const 
 }
 
 // Rows panel * 16 and the fifteen after it, times the input rows at[0..count): out[i * PANEL + r].
-static void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out) {
+void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out) {
   const uint8_t* x[64];
   for (int64_t first = 0; first < count; first += 64) {
     const int64_t n = std::min<int64_t>(64, count - first);
@@ -310,7 +369,7 @@ static void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, con
     } else if (w.kind == INT4) {
       panel_tiles<4, WIDE>(w, panel, in, x, at + first, n, to);
     } else if (w.kind == F32) {
-      row_panel<RowF32>(w, panel, in, x, n, to);
+      n < MANY ? row_panel<RowF32>(w, panel, in, x, n, to) : turned_panel(w, panel, x, n, to);
 #if defined(DOT_BF16)
     } else if (w.kind == BF16) {
       in.planes == 1 ? row_panel<RowBf16<1>>(w, panel, in, x, n, to) : row_panel<RowBf16<2>>(w, panel, in, x, n, to);
@@ -327,9 +386,4 @@ static void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, con
 #endif
     }
   }
-}
-
-static inline int64_t panel_bytes(const Weight& w) {
-  static const int bits[] = {32, 16, 8, 8, 4};
-  return PANEL * w.columns * bits[w.kind] / 8;
 }
