@@ -58,9 +58,9 @@ def test_tiles_fit_shared_memory(heads):
 
 
 if triton_mla.INTERPRETED:
-    from triton.runtime import interpreter
     from nets import lively, llama, nano, qwen2, random_ids
     from test_paged_attention import gqa_config, heads_of, mla_config, near, ragged, reference, scene
+    from triton.runtime import interpreter
 
     from jevons.engine.engine import Engine
     from jevons.engine.types import Request, SamplingParams

@@ -48,7 +48,13 @@ class Rows:
         """Tokens and log-probs by the parameters of `rows`; `positions` are the tokens' own, by default the next ones."""
         at = (self.length[rows] if positions is None else positions).numpy().astype(np.uint64)
         seeds = self.seed[rows] if isinstance(rows, slice) else self.seed[rows.numpy()]
-        return sample(logits, self.temperature[rows], self.top_p[rows], torch.from_numpy(uniform(seeds, at)))
+        how = self.temperature[rows], self.top_p[rows], torch.from_numpy(uniform(seeds, at))
+        if logits.device.type == "cpu":
+            return sample(logits, *how)
+        narrow = bool(((how[1] < 1) & (how[0] > 0)).any())
+        heat, top_p, noise = torch.stack([t.double() for t in how]).to(logits.device)
+        tokens, logprobs = sample(logits, heat.float(), top_p.float(), noise, narrow)
+        return tokens.cpu(), logprobs.cpu()
 
     def tables(self, sequences: list[Sequence]) -> torch.Tensor:
         """A page table of any sequences, in a row or not."""

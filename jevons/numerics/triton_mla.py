@@ -66,11 +66,11 @@ def tiles(heads: Heads, max_query: int, itemsize: int, shared_memory: int) -> tu
     """Rows (queries times heads of a group) and cells of a tile, warps and stages: the largest that shared memory holds."""
     key, value = heads.plain + heads.rotary, 0 if _shared(heads) else heads.value
     wanted = _power(max_query * (heads.heads // heads.groups))
-    for rows, cells, warps, stages in ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)):
+    for rows, cells, warps, stages in ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)):
         held = (rows * key + stages * cells * (key + value)) * itemsize + rows * cells * 4
         if (rows <= wanted or rows == 16) and held <= 0.9 * shared_memory:
-            break
-    return rows, cells, warps, stages
+            return rows, cells, warps, stages
+    return 16, 16, 4, 1
 
 
 def _power(n: int) -> int:
@@ -194,7 +194,8 @@ def attend(heads: Heads, q_NHW: torch.Tensor, layer_PSW: torch.Tensor, table_SP:
         first, second, heads.value, ROWS=rows, CELLS=cells, FIRST=_power(first),
         SECOND=_power(second) if second else 0, VALUE=_power(heads.value), SHARED=_shared(heads), SPLIT=splits > 1,
         PRECISION="ieee" if q_NHW.dtype == torch.float32 else "tf32",
-        DOT=tl.float32 if INTERPRETED else getattr(tl, str(q_NHW.dtype).removeprefix("torch.")), num_warps=warps, num_stages=stages)
+        DOT=tl.float32 if INTERPRETED else getattr(tl, str(q_NHW.dtype).removeprefix("torch.")),
+        num_warps=warps, num_stages=stages)
     if splits > 1:
         _join[(n * h,)](parts, sums, out, n * h, splits, heads.value, SPLITS=_power(splits), VALUE=_power(heads.value))
     return out
