@@ -119,7 +119,7 @@ class Engine:
         """Counters since the start, and how the pages are used now."""
         pool, drafting = self.scheduler.pool, self.drafts is not None and self.drafts.speculation.paying
         return self._counts | {"preemptions": self.scheduler.preemptions, "pages_free": pool.free, "pages_cached": pool.cached,
-                               "pages_used": pool.used, "speculating": int(drafting)}
+                               "pages_used": pool.used, "speculating": int(drafting), **self.model.expert_counts}
 
     def close(self) -> None:
         """Finish writing cached pages to the disk."""

@@ -75,6 +75,7 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
         self.register_buffer("rope", torch.empty(0), persistent=False)
+        self.expert_counts: dict[str, float] = {}  # of experts that are mapped or offloaded: see offload.py
 
     def allocate(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
         """Give a model that was built on the meta device its memory; parameters stay uninitialised."""
