@@ -24,7 +24,7 @@ import torch
 
 from jevons.engine.disk import DiskTier
 from jevons.engine.drafts import Drafts
-from jevons.engine.graphs import Graphs, obstacle
+from jevons.engine.graphs import Graphs, defaults
 from jevons.engine.pages import PagePool
 from jevons.engine.rows import Rows
 from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher, in_calls
@@ -52,7 +52,7 @@ class Engine:
     """
 
     def __init__(self, model: CausalLM, eos_id: int, max_batch: int = 64, max_len: int = 1024, max_waiting: int = 256,
-                 tokenizer: Any = None, cache_dtype: torch.dtype = torch.float32, pages: int | None = None,
+                 tokenizer: Any = None, cache_dtype: torch.dtype | None = None, pages: int | None = None,
                  prefix_cache: bool = False, disk: DiskTier | None = None, root: bytes = b"", speculate: int | None = 0,
                  patient: bool = False, deterministic: bool = False, graphs: bool | None = None):
         max_len = min(max_len, model.config.max_position_embeddings)
@@ -69,7 +69,7 @@ class Engine:
         self._cores, self._pool = torch.get_num_threads() if self._alone and not deterministic else 1, None
         if self._cores > 1:
             self._pool = ThreadPoolExecutor(self._cores, "decode", initializer=lambda: torch.set_num_threads(1))
-        graphs = device.type == "cuda" and obstacle(model, device) is None if graphs is None else graphs
+        cache_dtype, graphs = defaults(model, cache_dtype, graphs)
         self.cache = KVCache(model.config, pages + graphs, PAGE, dtype=cache_dtype, device=device)  # one page for padding
         self._caches = [self.cache]
         self.rows, self.device = Rows(max_batch, per_sequence, device), device

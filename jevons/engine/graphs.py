@@ -54,6 +54,15 @@ def obstacle(model: CausalLM, device: torch.device) -> str | None:
     return None
 
 
+def defaults(model: CausalLM, cache_dtype: torch.dtype | None, graphs: bool | None) -> tuple[torch.dtype, bool]:
+    """What an engine does where it is not told: on a CPU a float32 cache and no graphs; on a GPU the model's type, and graphs
+    where they can be."""
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+    if graphs is None:
+        graphs = device.type == "cuda" and obstacle(model, device) is None
+    return cache_dtype or (torch.float32 if device.type == "cpu" else dtype), graphs
+
+
 class StaticStep:
     """Buffers for `rows` sequences of `queries` tokens each, with tables of `pages` pages."""
 

@@ -174,6 +174,8 @@ def _moved(weight: Weight, device: torch.device) -> Weight:
         return Rows([_moved(part, device) for part in weight.parts])
     if isinstance(weight, Fp8Weight):
         return Fp8Weight(weight.codes.to(device), weight.scale_inv.to(device))
+    if device.type != "cpu":  # integers are laid out for CPUs
+        return weight.dense(torch.bfloat16).to(device)
     return IntWeight(weight.codes.to(device), weight.scale.to(device), weight.shape, weight.bits, weight.group)
 
 
