@@ -23,26 +23,31 @@ ClosingOption = Annotated[str | None, typer.Option(
     "--closing-words", help="what a thought that is closed early ends with (default: what its task says, else nothing)")]
 WeightsOption = Annotated[str | None, typer.Option(
     "--weights", help="hold weights as bf16, int8, fp8 or int4 (default: as they are stored)")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda")]
+GpuExpertsOption = Annotated[float | None, typer.Option(
+    "--gpu-experts", min=0, help="keep routed experts in RAM, and so many GiB of the hot ones on the GPU (with --device cuda)")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")]
 
 
 @app.command()
 def up(recipe: Annotated[str, typer.Argument(help="recipe by name or path")] = "countdown-laptop", out: OutOption = None,
        port: PortOption = 8000, host: HostOption = "127.0.0.1",
-       serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the result afterwards")] = True) -> None:
+       serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the result afterwards")] = True,
+       device: DeviceOption = "cpu") -> None:
     """Train a reasoning model here, watch it learn, then talk to it. Run again, it continues or serves at once."""
     from jevons.terminal.run import run_recipe
 
-    run_recipe(recipe, out, address=(host, port), serve_after=serve)
+    run_recipe(recipe, out, address=(host, port), serve_after=serve, device=device)
 
 
 @app.command()
 def run(recipe: Annotated[str, typer.Argument(help="recipe by name or path")], out: OutOption = None,
-        stage: Annotated[str | None, typer.Option("--stage", help="run only this stage")] = None) -> None:
+        stage: Annotated[str | None, typer.Option("--stage", help="run only this stage")] = None,
+        device: DeviceOption = "cpu") -> None:
     """Run a recipe's stages, without a server. Continues where it stopped."""
     from jevons.terminal.run import run_recipe
 
-    run_recipe(recipe, out, only_stage=stage)
+    run_recipe(recipe, out, only_stage=stage, device=device)
 
 
 @app.command("eval")
@@ -62,7 +67,7 @@ def evaluate(checkpoint: CheckpointArgument,
              as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
              dump: Annotated[Path | None, typer.Option(
                  "--dump", help="write prompts and full answers, one JSON object a line")] = None,
-             weights: WeightsOption = None) -> None:
+             weights: WeightsOption = None, device: DeviceOption = "cpu", gpu_experts: GpuExpertsOption = None) -> None:
     """pass@1, pass@k, cons@k and thinking length on problems never trained on, with 95 % intervals."""
     from jevons.terminal.checkpoint import evaluate_checkpoint
 
@@ -71,7 +76,8 @@ def evaluate(checkpoint: CheckpointArgument,
     samples = votes or samples
     if temperature is None:
         temperature = 0.0 if samples == 1 else 1.0
-    evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump, weights)
+    evaluate_checkpoint(checkpoint, task, numbers, n, seed, samples, temperature, max_tokens, as_json, dump, weights,
+                        device, gpu_experts)
 
 
 @app.command()
@@ -89,23 +95,25 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           disk_gib: Annotated[float, typer.Option("--disk-gib", min=0.001, help="at most so much of it")] = 4.0,
           deterministic: Annotated[bool, typer.Option(
               "--deterministic", help="the same text to the bit in any company; slower, no prefix cache, no drafts")] = False,
-          ) -> None:
+          device: DeviceOption = "cpu", gpu_experts: GpuExpertsOption = None) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal.checkpoint import serve_checkpoint
 
     serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key,
-                     max_thinking_tokens, closing_words, weights, speculate, disk_cache, disk_gib, deterministic)
+                     max_thinking_tokens, closing_words, weights, speculate, disk_cache, disk_gib, deterministic,
+                     device, gpu_experts)
 
 
 @app.command()
 def chat(checkpoint: CheckpointArgument,
          temperature: Annotated[float, typer.Option("--temperature", min=0, max=2)] = 0.6,
          max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 1024,
-         max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None, weights: WeightsOption = None) -> None:
+         max_thinking_tokens: ThinkingOption = None, closing_words: ClosingOption = None, weights: WeightsOption = None,
+         device: DeviceOption = "cpu", gpu_experts: GpuExpertsOption = None) -> None:
     """Talk to a checkpoint in the terminal; its thoughts stream dimmed, and Ctrl-C in one asks for the answer."""
     from jevons.terminal.talk import chat_with
 
-    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens, closing_words, weights)
+    chat_with(checkpoint, temperature, max_tokens, max_thinking_tokens, closing_words, weights, device, gpu_experts)
 
 
 @app.command()

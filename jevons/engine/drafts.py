@@ -63,7 +63,19 @@ class Drafts(dict[Sequence, list[int]]):
             live = [(i, row, wanted) for row, (i, _, wanted) in enumerate(live)]
             # drawn with the noise of the very token that it foretells: where the two distributions agree, so do the draws
             slots = torch.tensor([sequences[i].row for i in going])
-            tokens, _ = self.rows.choose(self.model.logits(out).cpu(), slots,
+            tokens, _ = self.rows.choose(self.model.logits(out), slots,
                                          torch.tensor([len(sequences[i].tokens) + depth for i in going]))
             for i, token in zip(going, tokens.tolist(), strict=True):
                 self[sequences[i]].append(token)
+
+    def verify(self, given: list[list[int]], starts: list[int], cache: KVCache,
+               ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float], int]:
+        """The first rows, each with its last token and its drafts: hidden states, logits, tokens and log-probs of all of them,
+        and how many lie from row to row, 0 where they lie close."""
+        table, device = self.rows.table[: len(given)], self.rows.table.device
+        meta = build_meta(table, starts, [len(tokens) for tokens in given], cache.page_size)
+        flat = torch.tensor([i for tokens in given for i in tokens], device=device)
+        hidden = self.model(flat, meta.positions_N, cache, meta)
+        logits = self.model.logits(hidden)
+        tokens, logprobs = self.rows.choose(logits, meta.sequence_N.cpu(), meta.positions_N.cpu() + 1)
+        return hidden, logits, tokens.tolist(), logprobs.tolist(), 0

@@ -24,6 +24,7 @@ import torch
 
 from jevons.engine.disk import DiskTier
 from jevons.engine.drafts import Drafts
+from jevons.engine.graphs import Graphs, defaults
 from jevons.engine.pages import PagePool
 from jevons.engine.rows import Rows
 from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher, in_calls
@@ -47,12 +48,13 @@ class Engine:
     `pages`: of PAGE tokens each; by default as many as `max_batch` sequences of `max_len` need.
     `patient`: chunks of prompts are as short as it takes that running streams hardly notice them (by the clock).
     `deterministic`: every sequence is computed by itself, so that the same request has the same bits in any company.
+    `graphs`: decode in steps of static shapes, captured on a GPU; None: there, where the model allows it.
     """
 
     def __init__(self, model: CausalLM, eos_id: int, max_batch: int = 64, max_len: int = 1024, max_waiting: int = 256,
-                 tokenizer: Any = None, cache_dtype: torch.dtype = torch.float32, pages: int | None = None,
+                 tokenizer: Any = None, cache_dtype: torch.dtype | None = None, pages: int | None = None,
                  prefix_cache: bool = False, disk: DiskTier | None = None, root: bytes = b"", speculate: int | None = 0,
-                 patient: bool = False, deterministic: bool = False):
+                 patient: bool = False, deterministic: bool = False, graphs: bool | None = None):
         max_len = min(max_len, model.config.max_position_embeddings)
         self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
         per_sequence = -(-max_len // PAGE)
@@ -67,9 +69,11 @@ class Engine:
         self._cores, self._pool = torch.get_num_threads() if self._alone and not deterministic else 1, None
         if self._cores > 1:
             self._pool = ThreadPoolExecutor(self._cores, "decode", initializer=lambda: torch.set_num_threads(1))
-        self.cache = KVCache(model.config, pages, PAGE, dtype=cache_dtype, device=device)
+        cache_dtype, graphs = defaults(model, cache_dtype, graphs)
+        self.cache = KVCache(model.config, pages + graphs, PAGE, dtype=cache_dtype, device=device)  # one page for padding
         self._caches = [self.cache]
         self.rows, self.device = Rows(max_batch, per_sequence, device), device
+        self.graphs = Graphs(model, self.cache, self.rows, scrap=pages) if graphs else None
         self.drafts: Drafts | None = None
         if model.mtp and speculate != 0 and not deterministic:
             cache = KVCache(model.config, pages, PAGE, layers=1, dtype=cache_dtype, device=device)
@@ -115,7 +119,7 @@ class Engine:
         """Counters since the start, and how the pages are used now."""
         pool, drafting = self.scheduler.pool, self.drafts is not None and self.drafts.speculation.paying
         return self._counts | {"preemptions": self.scheduler.preemptions, "pages_free": pool.free, "pages_cached": pool.cached,
-                               "pages_used": pool.used, "speculating": int(drafting)}
+                               "pages_used": pool.used, "speculating": int(drafting), **self.model.expert_counts}
 
     def close(self) -> None:
         """Finish writing cached pages to the disk."""
@@ -218,7 +222,7 @@ class Engine:
                 if not sequence.produced:
                     fresh.append((sequence, at))
         if fresh:
-            logits = self.model.logits(hidden[[at for _, at in fresh]]).cpu()
+            logits = self.model.logits(hidden[[at for _, at in fresh]])
             tokens, logprobs = self.rows.choose(logits, torch.tensor([s.row for s, _ in fresh]))
             for i, ((sequence, _), token, logprob) in enumerate(zip(fresh, tokens.tolist(), logprobs.tolist(), strict=True)):
                 if self._emit(sequence, token, logprob, logits[i], events):
@@ -293,11 +297,13 @@ class Engine:
     @torch.inference_mode()
     def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, tokens and log-probs of rows first .. end. Writes to these rows and their pages only."""
+        if self.graphs is not None:
+            return self.graphs.decode(first, end)
         rows = self.rows
         meta = build_meta(rows.table[first:end], rows.length[first:end], None, PAGE)
         hidden = self.model(rows.last[first:end].to(self.device), meta.positions_N, self.cache, meta)
         rows.length[first:end] += 1
-        logits = self.model.logits(hidden).cpu()
+        logits = self.model.logits(hidden)
         tokens, logprobs = rows.choose(logits, slice(first, end))
         rows.last[first:end] = tokens
         return logits, tokens, logprobs
@@ -306,14 +312,9 @@ class Engine:
         """All rows at once, each with its last token and its drafts: as many tokens as drafts were right, and one more."""
         begin = time.perf_counter()
         drafts = [self.drafts.get(sequence, []) for sequence in sequences]
-        counts = [1 + len(d) for d in drafts]
+        given, counts = [[s.tokens[-1], *d] for s, d in zip(sequences, drafts, strict=True)], [1 + len(d) for d in drafts]
         starts = [s.computed for s in sequences]
-        meta = build_meta(self.rows.table[: len(sequences)], starts, counts, PAGE)
-        flat = [i for s, d in zip(sequences, drafts, strict=True) for i in (s.tokens[-1], *d)]
-        hidden = self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
-        logits = self.model.logits(hidden).cpu()
-        rows = meta.sequence_N.cpu()
-        tokens, logprobs = (t.tolist() for t in self.rows.choose(logits, rows, meta.positions_N.cpu() + 1))
+        hidden, logits, tokens, logprobs, stride = (self.graphs or self.drafts).verify(given, starts, self.cache)
         ended, kept, at = [], [], 0
         for sequence, own, count in zip(sequences, drafts, counts, strict=True):
             accepted = 0
@@ -333,7 +334,7 @@ class Engine:
             self._counts["accepted_tokens"] += accepted
             if not over:
                 kept.append((sequence, sequence.computed - accepted - 1, accepted + 1, at + accepted))
-            at += count
+            at += stride or count
         passed = time.perf_counter() - begin
         self.drafts.make(hidden, kept, len(sequences))
         asked = max(map(len, drafts))

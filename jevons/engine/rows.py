@@ -50,9 +50,15 @@ class Rows:
         positions = self.length[rows] if positions is None else positions
         seeds = self.seed[rows] if isinstance(rows, slice) else self.seed[rows.numpy()]
         temperature, top_p = self.temperature[rows], self.top_p[rows]
-        drawn = None if (top_p < 1).any() else kernels.draw(logits, temperature, seeds, positions)
-        noise = positions.numpy().astype(np.uint64)
-        return drawn or sample(logits, temperature, top_p, torch.from_numpy(uniform(seeds, noise)))
+        narrow = bool(((top_p < 1) & (temperature > 0)).any())
+        if not (top_p < 1).any() and (drawn := kernels.draw(logits, temperature, seeds, positions)):
+            return drawn
+        noise = torch.from_numpy(uniform(seeds, positions.numpy().astype(np.uint64)))
+        if logits.device.type == "cpu":
+            return sample(logits, temperature, top_p, noise, narrow)
+        heat, top_p, noise = torch.stack([t.double() for t in (temperature, top_p, noise)]).to(logits.device)
+        tokens, logprobs = sample(logits, heat.float(), top_p.float(), noise, narrow)
+        return tokens.cpu(), logprobs.cpu()
 
     def tables(self, sequences: list[Sequence]) -> torch.Tensor:
         """A page table of any sequences, in a row or not."""

@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import kernels, paged
+from jevons.numerics import kernels, paged, triton_mla
 from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
@@ -105,6 +105,14 @@ def attend_gathered(heads: Heads, q_NHW: torch.Tensor, cache: KVCache, layer: in
     return unpad_queries(out.view(meta.sequences, heads.heads, meta.max_query, value), meta)
 
 
+def attend_paged(heads: Heads, q_NHW: torch.Tensor, cache: KVCache, layer: int, meta: BatchMeta) -> torch.Tensor:
+    """`attend_gathered`, or the GPU's kernel where that may run."""
+    if not triton_mla.available(q_NHW):
+        return attend_gathered(heads, q_NHW, cache, layer, meta)
+    return triton_mla.attend(heads, q_NHW, cache.layers[layer], meta.page_table_SP, *meta.on_device, meta.lengths_S,
+                             meta.max_query, meta.max_context)
+
+
 class MLA(nn.Module):
     """q = q_b(norm(q_a h)); [c_kv; k_rope] = kv_a h; keys and values are kv_b(norm(c_kv)), k_rope shared by all heads."""
 
@@ -144,32 +152,39 @@ class MLA(nn.Module):
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
-        q_nope, q_rope, latent_NC, k_rope_NR = self._queries_and_latent(x_ND, rope_NR)
+        return self.o_proj(self._attend_per_head(*self._queries_and_latent(x_ND, rope_NR), segments))
+
+    def _attend_per_head(self, q_nope, q_rope, latent_NC, k_rope_NR, segments: Segments) -> torch.Tensor:
+        """[N, H * v] over keys and values per head of these tokens alone."""
         k_nope, v = self.kv_b_proj(latent_NC).view(-1, self.heads, self.nope + self.v).split([self.nope, self.v], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope_NR[:, None].expand(-1, self.heads, -1).to(k_nope.dtype)], dim=-1)
-        return self.o_proj(attend_segments(q, k, v, segments, self.scale))
+        return attend_segments(q, k, v, segments, self.scale)
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R. Natively,
         long prompts take per-head keys and values instead, made from the cached latents."""
         q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
-        native = paged.available(q_nope, cache.data)
+        native = not meta.static and paged.available(q_nope, cache.data)
         if native:
             data = cache.layers[layer]
             paged.store(self.paged, meta.batch, latent_NC, k_rope_NR[:, None], rope_NR, data, self.kv_a_layernorm.weight)
             if meta.max_query > 1 and self.saved_by_expanding(meta) > EXPAND:
                 return self.o_proj(self._attend_expanded(q_nope, q_rope, rope_NR, data, meta))
+        else:
+            latent_NC, k_rope_NR = self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
+            q_rope = rotate_interleaved(q_rope, rope_NR)
+            cache.write(layer, meta.cells_N, torch.cat([latent_NC, k_rope_NR], dim=-1))
+            if meta.fresh and triton_mla.available(x_ND):
+                return self.o_proj(self._attend_per_head(q_nope, q_rope, latent_NC, k_rope_NR, meta.fresh))
         w_k, w_v = self._kv(q_nope.dtype).split([self.nope, self.v], dim=1)
         q_latent_HNC = kernels.heads(q_nope, w_k, across=True)
         if native:
             out_HNC = torch.empty_like(q_latent_HNC)
             paged.attend(self.paged, meta.batch, q_latent_HNC.transpose(0, 1), q_rope, rope_NR, data, out_HNC.transpose(0, 1))
         else:
-            key_NR = rotate_interleaved(k_rope_NR, rope_NR)
-            cache.write(layer, meta.cells_N, torch.cat([self.kv_a_layernorm(latent_NC), key_NR], dim=-1))
-            q = torch.cat([q_latent_HNC.transpose(0, 1), rotate_interleaved(q_rope, rope_NR)], dim=-1)
-            out_HNC = attend_gathered(self.paged, q, cache, layer, meta).transpose(0, 1)
+            q = torch.cat([q_latent_HNC.transpose(0, 1), q_rope], dim=-1)
+            out_HNC = attend_paged(self.paged, q, cache, layer, meta).transpose(0, 1)
         return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
 
     def saved_by_expanding(self, meta: BatchMeta) -> int:
@@ -216,17 +231,22 @@ class GQA(nn.Module):
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         q, k, v = self._project(x_ND)
-        q, k = rotate_half(q, rope_NR), rotate_half(k, rope_NR)
+        return self.o_proj(self._attend_fresh(rotate_half(q, rope_NR), rotate_half(k, rope_NR), v, segments))
+
+    def _attend_fresh(self, q, k, v, segments: Segments) -> torch.Tensor:
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        return self.o_proj(attend_segments(q, k, v, segments, self.dim**-0.5))
+        return attend_segments(q, k, v, segments, self.dim**-0.5)
 
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         q, k, v = self._project(x_ND)
-        if paged.available(q, cache.data):
+        if not meta.static and paged.available(q, cache.data):
             data, out = cache.layers[layer], torch.empty(q.shape, dtype=q.dtype)
             paged.store(self.paged, meta.batch, v.flatten(1), k, rope_NR, data)
             paged.attend(self.paged, meta.batch, q[..., :0], q, rope_NR, data, out)
         else:
-            cache.write(layer, meta.cells_N, torch.cat([rotate_half(k, rope_NR).flatten(1), v.flatten(1)], dim=-1))
-            out = attend_gathered(self.paged, rotate_half(q, rope_NR), cache, layer, meta)
+            q, k = rotate_half(q, rope_NR), rotate_half(k, rope_NR)
+            cache.write(layer, meta.cells_N, torch.cat([k.flatten(1), v.flatten(1)], dim=-1))
+            if meta.fresh and triton_mla.available(x_ND):
+                return self.o_proj(self._attend_fresh(q, k, v, meta.fresh))
+            out = attend_paged(self.paged, q, cache, layer, meta)
         return self.o_proj(out.flatten(1))

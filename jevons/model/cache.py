@@ -70,6 +70,7 @@ class BatchMeta:
     positions_N: torch.Tensor
     page_size: int
     max_query: int  # longest query; 1 in plain decode
+    static: bool = False  # buffers of a captured step: contexts and starts lie on the device, only their values change
 
     @property
     def sequences(self) -> int:
@@ -102,7 +103,20 @@ class BatchMeta:
 
     @cached_property
     def max_context(self) -> int:
-        return int(self.lengths_S.max())
+        return int((self.contexts_S + self.starts.diff()).max())  # on the CPU: a device would have to be waited for
+
+    @cached_property
+    def on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`starts` and `contexts_S` on the table's device."""
+        device = self.page_table_SP.device
+        return self.starts.to(device, non_blocking=True), self.contexts_S.to(device, non_blocking=True)
+
+    @cached_property
+    def fresh(self) -> list[tuple[int, int]] | None:
+        """Segments of a call of whole prompts, of which the cache held nothing before; None for any other call."""
+        if self.static or self.max_query == 1 or self.contexts_S.any():
+            return None
+        return [(1, n) for n in self.starts.diff().tolist()]
 
     @cached_property
     def sequence_N(self) -> torch.Tensor:

@@ -4,7 +4,7 @@ V2's gate is a softmax without bias, its groups' score their best expert, its we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,7 @@ class ExpertBank(nn.Module):
         self.table = kernels.ExpertTable()
         self.fp8_up: Fp8 | None = None  # see model/precision.py
         self.fp8_down: Fp8 | None = None
+        self.watch: Callable[[ExpertBank, torch.Tensor], None] | None = None  # told what each call is about to read
 
     def hf_views(self, name: str) -> Iterator[HFView]:
         if isinstance(self.down_proj, list):
@@ -180,6 +181,8 @@ class MoE(nn.Module):
     def forward(self, x_ND: torch.Tensor, segments: Segments | None = None, real_N: torch.Tensor | None = None,
                 ) -> tuple[torch.Tensor, Routing]:
         routing = self.gate(x_ND, segments, real_N)
+        if self.experts.watch is not None:
+            self.experts.watch(self.experts, routing.experts_NK)
         y = self.experts.for_few(x_ND, routing, self.shared_experts)
         if y is not None:
             return y, routing

@@ -17,7 +17,7 @@ from torch import nn
 from jevons.model.attention import EXPAND, MLA
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm
-from jevons.model.moe import MoE
+from jevons.model.moe import ExpertBank, MoE
 from jevons.numerics import Rows, kernels
 from jevons.numerics.kernels import KINDS, ExpertTable
 from jevons.numerics.native import CChoice, CExpert, CRouted, CWeight, library
@@ -83,6 +83,9 @@ class NativePass:
         if meta.max_query > 1 and isinstance(attention := blocks[0].self_attn, MLA):
             if attention.saved_by_expanding(meta) > EXPAND:
                 return None
+        banks = [b.mlp.experts for b in blocks if isinstance(b.mlp, MoE)]
+        if banks and banks[0].watch is not None and banks[0].watch.due(len(banks)):
+            return None
         if not self._ready(like.dtype) or (x is None and not weight.is_contiguous()):
             return None
         if int(positions_N.max()) >= len(rope) or x is None and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < len(weight):
@@ -180,6 +183,8 @@ def _block(block: nn.Module, dtype: torch.dtype, held: Held) -> CBlock:
         c.shared = _experts(mlp.table, mlp, dtype, held).array
         return c
     gate, bank, shared = mlp.gate, mlp.experts, mlp.shared_experts
+    if not isinstance(bank, ExpertBank):
+        raise Undescribed
     weight = _hold(gate, "weight", held)
     if weight.dtype not in KINDS or not weight.is_contiguous():
         raise Undescribed

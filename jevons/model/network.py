@@ -79,6 +79,7 @@ class CausalLM(nn.Module):
         self.register_buffer("rope", torch.empty(0), persistent=False)
         self.native = NativePass(self.layers, self.norm, self.embed_tokens)
         self.native_mtp = [NativePass([layer], layer.shared_head["norm"], self.embed_tokens) for layer in self.mtp]
+        self.expert_counts: dict[str, float] = {}  # of experts that are mapped or offloaded: see offload.py
 
     def allocate(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
         """Give a model that was built on the meta device its memory; parameters stay uninitialised."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from jevons.numerics import scaled
 from jevons.numerics.fp8 import BLOCK, dequantise_blocks
 from jevons.numerics.kernels import FEW_FP8, FP8, INT4, INT8, linear_packed, unpack, usable
 from jevons.numerics.native import CWeight
@@ -34,6 +35,11 @@ class Fp8Weight:
             return None
         self._scale = self.scale_inv.float().contiguous()
         return CWeight(self.codes.data_ptr(), self._scale.data_ptr(), *self.shape, FP8, BLOCK)
+
+    @functools.cached_property
+    def operand(self) -> scaled.Operand:
+        """As Hopper's tensor cores take it."""
+        return scaled.weight(self.codes, self.scale_inv)
 
     def part(self, first: int, rows: int) -> Fp8Weight | None:
         """Rows from `first` on, as views; None where they do not begin with a block."""
@@ -60,6 +66,8 @@ class Fp8Weight:
         return blocks.mul_(scale_inv[:, None, :, None] * 256).view(codes.shape).to(dtype)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if scaled.why_not(x.device) is None and x.numel():
+            return scaled.linear(x, self.operand, bias)
         if not usable(x) or self.native is None:
             out = torch.cat([F.linear(x, self.strip(row, x.dtype)) for row in range(0, self.shape[0], STRIP)], dim=-1)
         elif x.numel() <= FEW_FP8 * x.shape[-1]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jevons.chat import END_THINK, ReasoningParser, count_votes
-from jevons.data.packing import pack, take_documents
+from jevons.data.packing import on_device, pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.engine.types import Completion, Request, SamplingParams
@@ -137,7 +137,7 @@ def mtp_acceptance(model: CausalLM, completions: list[Completion], pad_id: int) 
     while documents:
         chosen = take_documents(iter(documents), 8192)
         documents = documents[len(chosen) :]
-        batch = pack(chosen, pad_id)
+        batch = on_device(pack(chosen, pad_id), model.embed_tokens.weight.device)
         out = model.forward_train(batch.tokens_N, batch.positions_N, batch.segments)
         keep = batch.mtp_weights_N.nonzero().squeeze(1)
         guess = model.logits(out.mtp_hidden_ND[keep]).argmax(-1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from jevons.data.packing import Batch, Document, align, pack, take_documents
+from jevons.data.packing import Batch, Document, align, on_device, pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM
@@ -142,15 +142,16 @@ class GRPO(Objective):
     @torch.no_grad()
     def _recompute(self, micros: list[Micro]) -> None:
         """Log-probs of the policy before this step's updates, and of the reference."""
-        device = self.model.embed_tokens.weight.device.type
+        device = self.model.embed_tokens.weight.device
         for micro in micros:
-            b = micro.batch
-            with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            here = on_device(micro, device)
+            b = here.batch
+            with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 out = self.model.forward_train(b.tokens_N, b.positions_N, b.segments, mtp=False)
-                micro.old = self._logprobs(self.model, micro, out.hidden_ND)[0]
+                micro.old = self._logprobs(self.model, here, out.hidden_ND)[0]
                 if self.reference is not None:
                     out = self.reference.forward_train(b.tokens_N, b.positions_N, b.segments, mtp=False)
-                    micro.reference = self._logprobs(self.reference, micro, out.hidden_ND)[0]
+                    micro.reference = self._logprobs(self.reference, here, out.hidden_ND)[0]
 
     def loss(self, micro: Micro) -> LossParts:
         stage, b = self.stage, micro.batch

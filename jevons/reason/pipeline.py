@@ -200,7 +200,7 @@ class Run:
         self.observer.on_stage(name, 0, len(sources))
         for count, (which, source) in enumerate(sources.items()):
             began = time.monotonic()
-            model = load_checkpoint(source).model
+            model = load_checkpoint(source, device=self.runtime.device).model
             result, _ = evaluate(model, self.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens,
                                  on_step=lambda: self._check_stop(name))
             seconds = time.monotonic() - began
@@ -246,10 +246,10 @@ class Run:
         source = self._checkpoint(before[-1]) if before else self.recipe.model.from_dir
         if source is not None:
             loaded = load_checkpoint(source, dtype=torch.float32, changes=None if before else self.recipe.model.set)
-            self.model, self.tokenizer = loaded.model, loaded.tokenizer
+            self.model, self.tokenizer = loaded.model.to(self.runtime.device), loaded.tokenizer
             return
         self.tokenizer = self._train_tokenizer()
-        self.model = build_model(self._config(), seed=self.recipe.seed)
+        self.model = build_model(self._config(), seed=self.recipe.seed).to(self.runtime.device)
 
     def _config(self) -> ModelConfig:
         """Of the preset; its bos and eos are 0 and 1, which `train_tokenizer` gives them too."""

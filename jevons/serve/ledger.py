@@ -49,6 +49,11 @@ _ENGINE = {
     "accepted_tokens": "Drafted tokens that were accepted", "preemptions": "Requests put back for want of pages",
     "pages_free": "Cache pages without content", "pages_cached": "Cache pages of known prefixes that nobody uses now",
     "pages_used": "Cache pages in use", "speculating": "1 while tokens are drafted",
+    "expert_hit_rate": "Share of experts found on the GPU, or, of mapped ones, of their bytes found in memory",
+    "expert_slots": "Experts that the GPU has room for", "expert_uses": "Experts needed, a layer's call each",
+    "expert_hits": "Of these, found on the GPU", "expert_copies": "Experts copied to the GPU to stay",
+    "expert_bytes_seen": "Bytes of mapped experts looked at before their use", "expert_bytes_resident": "Of these, in memory",
+    "major_faults": "Page faults of this process that had to read a disk",
 }
 _COUNTED = list(_ENGINE)[:6]
 

@@ -11,13 +11,20 @@ from typing import Any
 CHAT_BATCH = 16
 
 
-def context_that_fits(config: Any, sequences: int) -> int:
+def context_that_fits(config: Any, sequences: int, model: Any = None) -> int:
     """Tokens a sequence may have, the model's own limit where half of this machine's memory holds the cache of so many
-    (float32, as the engine keeps it): published models have contexts that no small machine can hold for a full batch."""
+    (float32, as the engine keeps it): published models have contexts that no small machine can hold for a full batch. For a
+    `model` on a GPU, of what is free there, in the model's type."""
     from jevons.plan import kv_bytes_per_token
     from jevons.runtime import Runtime
 
-    tokens = int(Runtime.detect().memory_gib * 2**29) // (kv_bytes_per_token(config, 4) * sequences)
+    if model is not None and model.embed_tokens.weight.device.type == "cuda":
+        import torch
+
+        room, size = torch.cuda.mem_get_info()[0] * 3 // 4, model.embed_tokens.weight.itemsize
+    else:
+        room, size = int(Runtime.detect("cpu").memory_gib * 2**29), 4
+    tokens = room // (kv_bytes_per_token(config, size) * sequences)
     return config.max_position_embeddings if not tokens else min(config.max_position_embeddings, tokens)
 
 
@@ -88,7 +95,7 @@ class Beside:
         self.host.set_engine(None)
         self.tokenizer = tokenizer
         self.host.set_engine(Engine(model, tokenizer.eos_id, max_batch=max_batch, max_waiting=4 * max_batch,
-                                    max_len=context_that_fits(model.config, max_batch), tokenizer=tokenizer,
+                                    max_len=context_that_fits(model.config, max_batch, model), tokenizer=tokenizer,
                                     **dict(prefix_cache=final, speculate=None if final else 0, patient=final) | options), name)
 
     def run_forever(self, stop: StopSignal) -> None:
@@ -101,13 +108,13 @@ class Beside:
             self.server.stop()
 
 
-def use_threads() -> Any:
-    """The runtime, with torch set to its threads (OMP_NUM_THREADS wins). The network runs on the CPU so far."""
+def use_threads(device: str = "cpu") -> Any:
+    """The runtime, with torch set to its threads (OMP_NUM_THREADS wins). The network runs on a GPU where that was asked for."""
     import torch
 
     from jevons.runtime import Runtime
 
-    runtime = Runtime.detect("cpu")
+    runtime = Runtime.detect(device)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(runtime.threads)
     return runtime

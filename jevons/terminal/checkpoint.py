@@ -35,11 +35,12 @@ def known_task(provenance: dict[str, Any]) -> Any:
 
 
 def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None, n: int, seed: int, samples: int,
-                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None, weights: str | None) -> None:
+                        temperature: float, max_tokens: int, as_json: bool, dump: Path | None, weights: str | None,
+                        device: str = "cpu", gpu_experts: float | None = None) -> None:
     if dump is not None and not dump.resolve().parent.is_dir():
         raise ValueError(f"--dump {dump}: there is no directory {dump.parent}")
-    use_threads()
-    loaded = open_checkpoint(checkpoint, weights)
+    use_threads(device)
+    loaded = open_checkpoint(checkpoint, weights, device, gpu_experts)
     the_task = _trained_task(loaded.provenance, task, {"numbers": numbers} if numbers is not None else None)
     from jevons.reason.evaluate import evaluate
 
@@ -64,24 +65,25 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
                      allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None, closing_words: str | None,
                      weights: str | None, speculate: int | None, disk_cache: Path | None, disk_gib: float,
-                     deterministic: bool) -> None:
-    use_threads()
-    loaded = open_checkpoint(checkpoint, weights)
+                     deterministic: bool, device: str = "cpu", gpu_experts: float | None = None) -> None:
+    use_threads(device)
+    loaded = open_checkpoint(checkpoint, weights, device, gpu_experts)
     task, disk, root = known_task(loaded.provenance), None, b""
     if disk_cache is not None:
         from jevons.engine.disk import DiskTier
         from jevons.store.checkpoint import fingerprint
 
         disk = DiskTier(disk_cache, int(disk_gib * 2**30))
-        root = fingerprint(checkpoint, str(weights))
+        root = fingerprint(checkpoint, str(weights), *([device] if device != "cpu" else []))
     console = Console(stderr=True)
     with StopSignal() as stop:
         taught = loaded.provenance.get("taught") or loaded.config.architecture
         beside = Beside((host, port), dollars_per_hour, task, taught, None, max_waiting, allow_hosts, api_key,
                         max_thinking_tokens, closing_words)
-        if (room := context_that_fits(loaded.config, max_batch)) < loaded.config.max_position_embeddings:
-            console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what this machine's "
-                          f"memory holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
+        if (room := context_that_fits(loaded.config, max_batch, loaded.model)) < loaded.config.max_position_embeddings:
+            where = "the GPU's" if device == "cuda" else "this machine's"
+            console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what {where} memory "
+                          f"holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
         beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch,
                     speculate=speculate, deterministic=deterministic, disk=disk, root=root)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
@@ -163,20 +165,37 @@ def _describe_files(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def open_checkpoint(checkpoint: Path, weights: str | None = None) -> Any:
+def open_checkpoint(checkpoint: Path, weights: str | None = None, device: str = "cpu", gpu_experts: float | None = None) -> Any:
     """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
-    one is copied: stacked experts and fused projections run faster than views. `weights` packs it. Raises ValueError where it
-    names no packing."""
+    one is copied: stacked experts and fused projections run faster than views. `weights` packs it. On a GPU it is copied, as
+    bf16 where it is not FP8; `gpu_experts` (GiB) leaves the routed experts in RAM. Raises ValueError where it names no packing,
+    or one that the device has nothing for."""
+    from jevons.model.offload import place, watch_mapped
     from jevons.model.pack import check_kind, pack
     from jevons.runtime import Runtime
     from jevons.store.checkpoint import load_checkpoint
     from jevons.store.safetensors_io import read_headers
 
+    runtime = Runtime.detect(device)
+    if gpu_experts is not None and device == "cpu":
+        raise ValueError(f"--gpu-experts {gpu_experts:g} without a GPU; --device cuda would be right")
+    if weights in ("int8", "int4") and device != "cpu" and gpu_experts is None:
+        raise ValueError(f"--weights {weights} --device {device}: only experts that stay in RAM (--gpu-experts) are multiplied "
+                         "as integers; bf16 or fp8 would be right")
     if weights is not None:
         check_kind(weights)
-        loaded = load_checkpoint(checkpoint, frozen=True)
-        pack(loaded.model, weights, Runtime.detect("cpu").dtype)
-        return loaded
     headers = read_headers(checkpoint) if (checkpoint / "config.json").is_file() else {}
     large = sum(info.end - info.start for info in headers.values()) > MAPPED_FROM
-    return load_checkpoint(checkpoint, frozen=large or any(info.dtype == "F8_E4M3" for info in headers.values()))
+    fp8 = any(info.dtype == "F8_E4M3" for info in headers.values())
+    if device != "cpu" and gpu_experts is None and weights in (None, "bf16") and not (fp8 and weights is None):
+        return load_checkpoint(checkpoint, device=device, dtype=runtime.dtype)  # stacked: a step of it can be captured
+    if weights is not None:
+        loaded = load_checkpoint(checkpoint, frozen=True)
+        pack(loaded.model, weights, runtime.dtype)
+    else:
+        loaded = load_checkpoint(checkpoint, dtype=None if device == "cpu" else runtime.dtype, frozen=large or fp8)
+        if large:
+            watch_mapped(loaded.model)
+    if device != "cpu":
+        place(loaded.model, device, None if gpu_experts is None else int(gpu_experts * 2**30))
+    return loaded

@@ -68,12 +68,12 @@ def _numbers(record: dict[str, Any]) -> str:
 
 
 def run_recipe(name: str, out: Path | None, only_stage: str | None = None, address: tuple[str, int] | None = None,
-               serve_after: bool = False) -> None:
+               serve_after: bool = False, device: str = "cpu") -> None:
     """`jevons run`, and with an `address` `jevons up`."""
     from jevons.recipe import load_recipe
     from jevons.tasks.registry import load_task
 
-    console = Console(stderr=True)
+    console, runtime = Console(stderr=True), use_threads(device)
     recipe, text = load_recipe(name)
     out = out or Path("runs") / recipe.name
     task = load_task(recipe.task.name, recipe.task.args)
@@ -87,14 +87,14 @@ def run_recipe(name: str, out: Path | None, only_stage: str | None = None, addre
             stack.callback(beside.server.stop)
             console.print(f"[bold]watch it learn[/]  {beside.server.url}/runs\n[bold]talk to it[/]      {beside.server.url}/")
             _open_page(f"{beside.server.url}/runs")
-        final = _run(recipe, text, out, console, stop, beside, only_stage)
+        final = _run(recipe, text, out, console, stop, beside, only_stage, runtime)
         if final is None:
             raise SystemExit(stop.code)
         _summary(out, console)
         if beside is not None and serve_after and only_stage is None:
             from jevons.store.checkpoint import load_checkpoint
 
-            loaded = load_checkpoint(final)
+            loaded = load_checkpoint(final, device=runtime.device)
             beside.training = None
             beside.show(loaded.model, loaded.tokenizer, recipe.name)
             console.print(f"[bold]served[/] at {beside.server.url}/  (Ctrl-C ends it)")
@@ -102,12 +102,11 @@ def run_recipe(name: str, out: Path | None, only_stage: str | None = None, addre
 
 
 def _run(recipe: Any, text: str, out: Path, console: Console, stop: StopSignal, beside: Beside | None,
-         only_stage: str | None) -> Path | None:
+         only_stage: str | None, runtime: Any) -> Path | None:
     """The stages; None when asked to stop."""
     from jevons.reason.pipeline import Run
     from jevons.train.loop import Interrupted
 
-    runtime = use_threads()
     watch = Watch(console, stop, beside)
     job = Run(recipe, text, out, watch, runtime)
     try:

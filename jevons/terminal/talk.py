@@ -36,16 +36,17 @@ class Interrupts:
 
 
 def chat_with(checkpoint: Path, temperature: float, max_tokens: int, max_thinking_tokens: int | None = None,
-              closing_words: str | None = None, weights: str | None = None) -> None:
+              closing_words: str | None = None, weights: str | None = None,
+              device: str = "cpu", gpu_experts: float | None = None) -> None:
     """A loop of questions; Ctrl-D ends the chat."""
     from jevons.engine.engine import Engine
     from jevons.engine.types import SamplingParams
 
-    use_threads()
-    loaded = open_checkpoint(checkpoint, weights)
+    use_threads(device)
+    loaded = open_checkpoint(checkpoint, weights, device, gpu_experts)
     console = Console(highlight=False, emoji=False)
     engine = Engine(loaded.model, loaded.tokenizer.eos_id, max_batch=1, tokenizer=loaded.tokenizer,
-                    max_len=context_that_fits(loaded.config, 1), speculate=None)
+                    max_len=context_that_fits(loaded.config, 1, loaded.model), speculate=None)
     words = words_of(known_task(loaded.provenance), closing_words)
     taught = loaded.provenance.get("taught") or loaded.config.architecture
     console.print(f"{taught}. Ctrl-D ends the chat.", style="dim", markup=False, soft_wrap=True)

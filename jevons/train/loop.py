@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from jevons.data.packing import on_device
 from jevons.model import CausalLM
 from jevons.model.precision import set_training_precision
 from jevons.numerics import Fp8
@@ -160,14 +161,14 @@ class Loop:
     def _gradients(self, update: list[Any]) -> Iterator[tuple[LossParts, tuple[torch.Tensor | None, ...]]]:
         """Loss and gradients of each micro-batch, in order. On CPU cores take one each: two threads that share every small
         operation of one micro-batch spend a fourth of their time waiting for each other."""
-        device = self.model.embed_tokens.weight.device.type
-        dtype = self.settings.dtype
+        place = self.model.embed_tokens.weight.device
+        device, dtype = place.type, self.settings.dtype
 
         def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
             # autocast's cache of cast weights is one for all threads, and whoever ends first empties it: whether a weight's
             # gradients were summed in bf16 or float32 would be a race
             with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                parts = self.objective.loss(micro)
+                parts = self.objective.loss(on_device(micro, place))
             return parts, torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)
 
         threads = min(len(update), torch.get_num_threads())
