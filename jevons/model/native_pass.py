@@ -78,7 +78,7 @@ class NativePass:
         blocks, last, embedding = self.modules
         weight, n = embedding.weight, len(positions_N)
         like = weight if x is None else x
-        if n > MOST_ROWS.get(like.dtype, 0) or not n or not kernels.usable(like) or cache.data.dtype not in KINDS:
+        if meta.static or not 0 < n <= MOST_ROWS.get(like.dtype, 0) or not kernels.usable(like) or cache.data.dtype not in KINDS:
             return None
         if meta.max_query > 1 and isinstance(attention := blocks[0].self_attn, MLA):
             if attention.saved_by_expanding(meta) > EXPAND:
