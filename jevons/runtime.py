@@ -100,6 +100,11 @@ def cpu_info() -> dict[str, Any]:
 
 
 def _memory_bytes() -> int:
+    """Physical memory, or a cgroup's limit where that is less."""
     if sys.platform == "win32":
         return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return physical

@@ -59,7 +59,7 @@ def _rows(plan: Line, steps: list[Line], held: Line) -> list[Row]:
         ("dollars", "$", number_of(plan.get("time.planned_dollars")), number_of(last.get("time.dollars"))),
         *[(key, "B", parts[i], known[i]) for i, key in enumerate(HELD)],
         ("activations and the rest", "B", parts[-1], None if peak is None or None in known else peak - sum(known)),
-        ("memory in all", "B", None if None in parts else sum(parts), peak)]
+        ("memory in all", "B", sum(v for value in memory.values() if (v := number_of(value)) is not None) or None, peak)]
     joules = number_of(last.get("time.joules"))
     return [*rows, ("energy", "J", None, joules)] if joules is not None else rows
 

@@ -8,9 +8,9 @@ from jevons.recipe.tables import Table
 
 
 class GuardTable(Table):
-    """The defaults never met a spike in some fifty recorded stages: their largest gradient norm was 5.9 times the running
-    median, their largest loss 1.7 times. After `rollback_after` bad steps in a row the run goes back to its last good state and
-    on with data that it has not met; after `max_rollbacks` of these it stops."""
+    """The defaults never met a spike in 47 recorded stages: the largest gradient norm was 5.9 times the running median, the
+    largest pretraining loss 1.7 times. After `rollback_after` bad steps in a row the run goes back to its last good state and on
+    with data that it has not met; after `max_rollbacks` of these it stops."""
 
     spike: float = Field(20.0, description="a gradient norm over so many times its running median is bad; 0: none is")
     loss_spike: float = Field(4.0, description="the same of a cross-entropy")

@@ -64,7 +64,7 @@ class Progress:
 
 
 class States:
-    """Saves and restores a loop."""
+    """Saves and restores a loop. What touches the disk are `_write`, `_newest`, `_load` and `_drop_after`."""
 
     def __init__(self, loop: Loop):
         self._loop, self._writer, self._machine = loop, Writer(), _machine(loop.settings.precision())
@@ -73,31 +73,43 @@ class States:
     def save(self, wait: bool = False) -> None:
         """Copy everything, and let a thread write it. Raises StoreError where the write before failed; with `wait`, or where
         the recipe wants no thread, also where this one does."""
-        loop, progress, table = self._loop, self._loop.progress, self._loop.settings.guard
+        loop, progress = self._loop, self._loop.progress
         self._writer.wait()
         if progress.bad_in_a_row == 0:
             progress.good_step = progress.step
             if progress.score is not None and (progress.best_score is None or progress.score > progress.best_score):
                 progress.best_step, progress.best_score = progress.step, progress.score
-        tensors = snapshot({f"model.{name}": t for name, t in _model_tensors(loop.model).items()}
-                           | optimizer_tensors(loop.model, loop.optimizers)
-                           | {f"objective.{name}": t for name, t in loop.objective.tensors().items()})
+        tensors = {f"model.{name}": t for name, t in _model_tensors(loop.model).items()}
+        tensors |= optimizer_tensors(loop.model, loop.optimizers)
+        tensors |= {f"objective.{name}": t for name, t in loop.objective.tensors().items()}
         meta = copy.deepcopy({"progress": progress.saved(), "objective": loop.objective.state_dict(),
-                              "guard": loop.guard.state_dict(), "metrics_position": loop.log.size(),
-                              "machine": self._machine})
-        directory, step, best = loop.settings.directory, progress.step, progress.best_step
-        spared = {progress.good_step, best}
+                              "guard": loop.guard.state_dict(), "metrics_position": loop.log.size(), "machine": self._machine})
+        self._write(tensors, meta)
+        self.saved_step = progress.step
+        if wait or not loop.settings.guard.async_save:
+            self._writer.wait()
+
+    def _write(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        loop, progress, copies = self._loop, self._loop.progress, snapshot(tensors)
+        directory, keep, step, best = loop.settings.directory, loop.settings.guard.keep, progress.step, progress.best_step
+        spared = {s for s in (progress.good_step, best) if s is not None}
 
         def write() -> None:
             loop.log.position()  # what the state counts on is on the disk before it
-            write_train_state(directory, step, tensors, meta, table.keep, spared)
+            write_train_state(directory, step, copies, meta, keep, spared)
             if best is not None:
                 mark_best(directory, best)
 
         self._writer.submit(write)
-        self.saved_step = step
-        if wait or not table.async_save:
-            self._writer.wait()
+
+    def _newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        return load_latest(self._loop.settings.directory)
+
+    def _load(self, step: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
+        return load_step(self._loop.settings.directory, step)
+
+    def _drop_after(self, step: int) -> None:
+        drop_after(self._loop.settings.directory, step)
 
     def check(self) -> None:
         """Raises StoreError where a save has failed meanwhile."""
@@ -110,7 +122,7 @@ class States:
     def resume(self) -> int:
         """Go back to the last saved state, if there is one; the step to go on from."""
         loop = self._loop
-        found = load_latest(loop.settings.directory)
+        found = self._newest()
         if found is None:
             return 0
         _, tensors, meta = found
@@ -136,9 +148,8 @@ class States:
             raise TrainingDiverged(f"{words} after {left.rollbacks} of {table.max_rollbacks} rollbacks; the last good state, "
                                    f"step {left.good_step}, is kept. A lower learning rate would help")
         self._writer.wait()
-        _, tensors, meta = load_step(loop.settings.directory, left.good_step)
-        # before anything of the new line is saved: a resume takes the highest step
-        drop_after(loop.settings.directory, left.good_step)
+        _, tensors, meta = self._load(left.good_step)
+        self._drop_after(left.good_step)  # before anything of the new line is saved: a resume takes the highest step
         self._restore(tensors, meta)
         back = loop.progress
         met = left.step + left.passed_over
@@ -153,7 +164,7 @@ class States:
         self._writer.wait()
         step = self._loop.progress.best_step
         try:
-            tensors = load_step(self._loop.settings.directory, step)[1] if step is not None else None
+            tensors = self._load(step)[1] if step is not None else None
         except CheckpointError:
             tensors = None
         if tensors is None:

@@ -121,7 +121,7 @@ export function againstPlan({ plan, held, last, flops, peak }) {
     ["dollars", "$", plan["time.planned_dollars"], last["time.dollars"]],
     ...parts.map((key) => [key, "B", memory[key], held?.[key]]),
     ["activations and the rest", "B", memory.activations, rest],
-    ["memory in all", "B", [...parts, "activations"].reduce((sum, key) => sum + memory[key], 0), peak],
+    ["memory in all", "B", Object.values(memory).reduce((sum, size) => sum + size, 0) || NaN, peak],
     ...(Number.isFinite(last["time.joules"]) ? [["energy", "J", NaN, last["time.joules"]]] : []),
   ];
 }
