@@ -22,7 +22,7 @@ from jevons.config import ModelConfig, preset
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
-from jevons.model.precision import fp8_settings
+from jevons.model.precision import fp8_settings, set_training_precision
 from jevons.plan import count_parameters, dollars
 from jevons.reason.evaluate import evaluate
 from jevons.reason.grpo import GRPO
@@ -138,11 +138,13 @@ class Run:
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
         name, recipe = self.recipe.stage_name(index), self.recipe.precision
+        fp8 = fp8_settings(recipe)
+        set_training_precision(self.model, fp8)  # before a reference policy is copied from it
         objective = self._objective(stage)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
-            on_step=self.observer.on_step, moments=recipe.moments, fp8=fp8_settings(recipe))
+            on_step=self.observer.on_step, moments=recipe.moments, fp8=fp8)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
