@@ -3,7 +3,8 @@
     python benchmarks/gpu_fp8_step.py [--quick] [--width 4096] [--layers 4] [--steps 12]
 
 A V3-style network (latent attention, 8 experts of which 2, a shared one) from one seed on the same random tokens, float32 master
-weights, BF16 moments. First the losses of both arms, step by step (within 2 % over five steps, or it stops); then medians of a step's parts, both arms in turns; model FLOPs beside this GPU's own measured peaks, and memory.
+weights, BF16 moments. First the losses of both arms, step by step (within 2 % over five steps, or it stops); then medians of a
+step's parts, both arms in turns; model FLOPs beside this GPU's own measured peaks, and memory.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def main() -> None:
     print(f"{need_hopper()}, torch {torch.__version__}, CUDA {torch.version.cuda}, back end {best_backend('cuda').name}")
     config = config_of(args.width, args.layers, args.length)
     parameters, tokens = count_parameters(config), args.rows * args.length
-    print(f"{parameters.total / 1e9:.2f} G parameters, {parameters.active / 1e9:.2f} G active, {tokens} tokens a step", flush=True)
+    print(f"{parameters.total / 1e9:.2f} G parameters, {parameters.active / 1e9:.2f} G active, {tokens} tokens a step")
     arms = {"bf16": Arm(config, None, "cuda"), "fp8": Arm(config, Fp8(), "cuda")}
     batch = torch.randint(0, config.vocab_size, (args.rows, args.length + 1), device="cuda")
     memory, warm = {}, 3

@@ -471,3 +471,33 @@ def test_every_key_of_the_table_has_its_effect():
     both = PrecisionTable(compute="fp8", scales="power_of_two", accumulation="limited")
     assert fp8_settings(both) == Fp8(power_of_two=True, accumulation="limited")
     assert fp8_settings(both).choose(torch.device("cpu")) is LIMITED
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernels_compile_for_hopper(tmp_path, monkeypatch):
+    """No GPU is needed for that: four FP8 tensor core products of 32 elements, and then the sum leaves the core."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from jevons.numerics import triton_fp8
+
+    def assembly(kernel, pointers, constants, warps):
+        names = kernel.arg_names
+        signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and not n.endswith("s_k")}
+        source = ASTSource(fn=kernel, signature=signature, attrs=aligned,
+                           constexprs={(names.index(n),): value for n, value in constants.items()})
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
+
+    codes, scale = "*fp8e4nv", "*fp32"
+    for rows, out in ((128, "*bf16"), (1, "*fp32")):
+        asm = assembly(triton_fp8._product_kernel, dict(a=codes, a_scale=scale, b=codes, b_scale=scale, c=out, table="*i32"),
+                       dict(as_m=1, B_ROWS=rows, TILE=128, BAND=8), 8)
+        assert asm["ptx"].count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 4 and asm["cubin"]
+    for square, again in ((False, True), (True, False)):
+        kinds = dict(x=codes if again else "*bf16", x_scale=scale, rows_p="*i64", codes=codes, scale=scale)
+        flags = dict(SQUARE=square, POWER=True, GATHER=again, CODES=again, ROWS=128 if square else 32)
+        asm = assembly(triton_fp8._quantise_kernel, kinds, flags, 4)
+        assert "cvt.rn.satfinite.e4m3x2.f32" in asm["ptx"] and "div.rn.f32" in asm["ptx"], "rounded as the reference rounds"

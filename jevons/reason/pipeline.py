@@ -24,7 +24,7 @@ from jevons.config import ModelConfig, preset
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
-from jevons.model.precision import fp8_settings
+from jevons.model.precision import fp8_settings, set_training_precision
 from jevons.numerics.peak import peak_flops
 from jevons.plan import count_parameters, dollars
 from jevons.plan.counts import PlanError
@@ -160,12 +160,14 @@ class Run:
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
         name, recipe = self.recipe.stage_name(index), self.recipe.precision
+        fp8 = fp8_settings(recipe)
+        set_training_precision(self.model, fp8)  # before a reference policy is copied from it
         objective = self._objective(stage)
         self._peak = self._peak or peak_flops(self.runtime, self.dtype)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, moments=recipe.moments,
-            fp8=fp8_settings(recipe), should_stop=self.observer.should_stop, peak_flops=self._peak, on_step=self.observer.on_step)
+            fp8=fp8, should_stop=self.observer.should_stop, peak_flops=self._peak, on_step=self.observer.on_step)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
