@@ -51,8 +51,8 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
         return preset("v3-nano", num_nextn_predict_layers=0, aux_loss_alpha=0.0)
     return ModelConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=768, moe_intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, n_routed_experts=args.side_experts, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
-        first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+        num_attention_heads=4, n_routed_experts=args.side_experts, n_shared_experts=1, num_experts_per_tok=2, n_group=4,
+        topk_group=2, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
         max_position_embeddings=512, initializer_range=0.02, aux_loss_alpha=0.0)
 
 
@@ -158,10 +158,10 @@ def theirs(checkpoint: Path, args: argparse.Namespace, turn: Turn) -> None:
         model = DeepseekV3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=settings["attention"])
         model.set_experts_implementation(settings["experts"])
         options = TrainingArguments(
-            output_dir=room, per_device_train_batch_size=args.rows, max_steps=10**6, use_cpu=True, bf16=args.side_precision == "bf16",
-            learning_rate=LR, weight_decay=DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
-            lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
-            dataloader_num_workers=settings["workers"], train_sampling_strategy="sequential", dataloader_pin_memory=False,
+            output_dir=room, per_device_train_batch_size=args.rows, max_steps=10**6, use_cpu=True,
+            bf16=args.side_precision == "bf16", learning_rate=LR, weight_decay=DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
+            max_grad_norm=CLIP, optim="adamw_torch_fused", lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
+            eval_strategy="no", report_to=[], disable_tqdm=True, dataloader_num_workers=settings["workers"], train_sampling_strategy="sequential", dataloader_pin_memory=False,
             torch_compile=settings["compile"])
         Noted(model, options, train_dataset=Data(), callbacks=[Clock(on_step, wait)]).train()
 
@@ -248,7 +248,8 @@ def measure(args: argparse.Namespace, experts: int, precision: str) -> dict[str,
     for name, side in sides.items():
         counted = side.steps[WARM:]
         found[name] = {"settings": side.settings, "rate": tokens / statistics.median(s["seconds"] for s in counted),
-                       "cpu_rate": tokens / statistics.median(s["cpu"] for s in counted), "losses": [s["loss"] for s in side.steps]}
+                       "cpu_rate": tokens / statistics.median(s["cpu"] for s in counted),
+                       "losses": [s["loss"] for s in side.steps]}
     return found
 
 
@@ -257,7 +258,7 @@ def show(found: list[dict[str, Any]], runtime: Runtime) -> str:
     counts = count_parameters(first["config"])
     lines = [f"{runtime.cpu}, {runtime.threads} cores; width {first['config'].hidden_size}, {first['tokens']} tokens a step, "
              f"{counts.total:,} parameters at {first['experts']} experts ({counts.active:,} active)", "",
-             "| Experts | Precision | Trainer, tokens/s | Ours, tokens/s | Ratio | Ratio of processor time | Loss: first step | last |",
+             "| Experts | Precision | Trainer, tokens/s | Ours, tokens/s | Ratio | of processor time | Loss: first step | last |",
              "|---|---|---|---|---|---|---|---|"]
     for f in found:
         a, b = f["theirs"], f["ours"]
@@ -267,7 +268,7 @@ def show(found: list[dict[str, Any]], runtime: Runtime) -> str:
     for f in found:
         worst = max(abs(x - y) for x, y in zip(f["theirs"]["losses"], f["ours"]["losses"], strict=True))
         flops = training_flops(f["config"], f["tokens"], f["length"], mtp=False) * f["ours"]["rate"] / f["tokens"] / 1e9
-        lines.append(f"{f['experts']} experts, {f['precision']}: largest difference of losses at a step {worst:.5f}; ours runs at "
+        lines.append(f"{f['experts']} experts, {f['precision']}: largest difference of losses at a step {worst:.5f}; ours at "
                      f"{flops:.0f} GFLOP/s; the Trainer's best settings {f['theirs']['settings']}")
     return "\n".join(lines)
 

@@ -40,7 +40,8 @@ class Settings:
 
 def config_of(settings: Settings, alpha: float, vocab: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=vocab, hidden_size=settings.hidden, intermediate_size=3 * settings.hidden, moe_intermediate_size=settings.inter,
+        vocab_size=vocab, hidden_size=settings.hidden, intermediate_size=3 * settings.hidden,
+        moe_intermediate_size=settings.inter,
         num_hidden_layers=4, num_attention_heads=4, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, n_group=4,
         topk_group=2, first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
         max_position_embeddings=256, initializer_range=0.02, aux_loss_alpha=alpha)
@@ -80,8 +81,8 @@ def table(results: list[dict[str, Any]], arms: list[str]) -> str:
     rows = {(r["arm"], r["seed"]): r for r in results}
     first = results[0]
     lines = [f"{first['parameters']:,} parameters ({first['active']:,} active), {first['tokens']:,} tokens, seeds {seeds}", "",
-             "| Balancing | Validation loss | Minus `free` (95 % interval) | Busiest / mean: validation | training, after warm-up "
-             "| a step's |", "|---|---|---|---|---|---|"]
+             "| Balancing | Validation loss | Minus `free` (95 % interval) | Busiest / mean: validation "
+             "| training, after warm-up | a step's |", "|---|---|---|---|---|---|"]
     for arm in arms:
         own = [rows[arm, seed] for seed in seeds]
         mean = {key: sum(r[key] for r in own) / len(own) for key in own[0] if key.startswith(("valid_loss", "busiest"))}

@@ -38,7 +38,8 @@ class Settings:
 
 def config_of(settings: Settings, mtp: bool, vocab: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=vocab, hidden_size=settings.hidden, intermediate_size=3 * settings.hidden, moe_intermediate_size=settings.inter,
+        vocab_size=vocab, hidden_size=settings.hidden, intermediate_size=3 * settings.hidden,
+        moe_intermediate_size=settings.inter,
         num_hidden_layers=settings.layers, num_attention_heads=4, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
         n_group=4, topk_group=2, first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
         v_head_dim=32, max_position_embeddings=256, initializer_range=0.02, aux_loss_alpha=0.0, num_nextn_predict_layers=int(mtp))
@@ -80,8 +81,8 @@ def table(results: list[dict[str, Any]]) -> str:
              "| MTP | Main head's validation loss | On minus off (95 % interval) | MTP loss | Accepted: on text | generated |",
              "|---|---|---|---|---|---|",
              f"| off | {mean([rows['off', s]['valid_loss'] for s in seeds]):.4f} | - | - | - | - |",
-             f"| on | {mean([r['valid_loss'] for r in on]):.4f} | {difference[0]:+.4f} ({difference[1]:+.4f} to {difference[2]:+.4f})"
-             f" | {mean([r['mtp_loss'] for r in on]):.4f} | {mean([r['acceptance_on_text'] for r in on]):.1%} "
+             f"| on | {mean([r['valid_loss'] for r in on]):.4f} "
+             f"| {difference[0]:+.4f} ({difference[1]:+.4f} to {difference[2]:+.4f}) | {mean([r['mtp_loss'] for r in on]):.4f} | {mean([r['acceptance_on_text'] for r in on]):.1%} "
              f"| {mean([r['acceptance_generated'] for r in on]):.1%} |"]
     return "\n".join(lines)
 

@@ -109,12 +109,13 @@ def nanogpt(directory: Path, data: Path, settings: Settings, threads: int) -> di
         shutil.copy(data, prepared / "input.txt")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "prepare.py"], cwd=prepared, check=True, stdout=subprocess.DEVNULL)
-        command = [sys.executable, "-u", "train.py", *PUBLISHED, f"--max_iters={settings.steps}", f"--lr_decay_iters={settings.steps}",
-                   f"--eval_iters={settings.eval_iters}", f"--eval_interval={settings.every}"]
-        process = subprocess.Popen(command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-u", "train.py", *PUBLISHED, f"--max_iters={settings.steps}",
+                   f"--lr_decay_iters={settings.steps}", f"--eval_iters={settings.eval_iters}", f"--eval_interval={settings.every}"]
+        process = subprocess.Popen(command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
         found = read_log(process.stdout, settings.every)
         if process.wait():
-            sys.exit(f"nanoGPT's train.py failed with {process.returncode}; run it by hand in {directory}: {' '.join(command[2:])}")
+            sys.exit(f"nanoGPT's train.py failed with {process.returncode}; try it in {directory}: {' '.join(command[2:])}")
     return found | {"characters": settings.steps * ROWS * LENGTH}
 
 
@@ -151,8 +152,8 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
              "|---|---|---|---|---|---|---|---|"]
     for name, side in sides.items():
         hit = reached(side["curve"])
-        lines.append(f"| {name} | {side['active']:,} | {side['parameters']:,} | {side['characters']:,} | {side['curve'][-1][1]:.3f} "
-                     f"| {hit[0] if hit else 'not reached'} | {f'{hit[1]:.1f}' if hit else '-'} | {side['curve'][-1][2]:.1f} |")
+        lines.append(f"| {name} | {side['active']:,} | {side['parameters']:,} | {side['characters']:,} "
+                     f"| {side['curve'][-1][1]:.3f} | {hit[0] if hit else 'not reached'} | {f'{hit[1]:.1f}' if hit else '-'} | {side['curve'][-1][2]:.1f} |")
     if len(sides) == 2:
         a, b = sides["nanoGPT"], sides["ours"]
         lines.append("")
@@ -176,8 +177,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     sides = {}
     if args.nanogpt:
         if not (args.nanogpt / "train.py").is_file():
-            parser.error(f"--nanogpt {args.nanogpt}: there is no train.py; a checkout of github.com/karpathy/nanoGPT would be right")
-        sides["nanoGPT"] = kept(args.out, "nanogpt", asdict(settings), lambda: nanogpt(args.nanogpt, args.data, settings, args.threads))
+            parser.error(f"--nanogpt {args.nanogpt}: no train.py there; a checkout of github.com/karpathy/nanoGPT would be right")
+        sides["nanoGPT"] = kept(args.out, "nanogpt", asdict(settings),
+                                lambda: nanogpt(args.nanogpt, args.data, settings, args.threads))
     sides["ours"] = kept(args.out, "ours", asdict(settings), lambda: ours(text, settings, args.threads))
     if args.out is None:
         print(json.dumps({name: side["settings"] for name, side in sides.items()}["ours"]))
