@@ -162,10 +162,11 @@ def _describe_files(checkpoint: Path) -> dict[str, Any]:
 
 def open_checkpoint(checkpoint: Path, weights: str | None = None) -> Any:
     """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
-    one is copied: stacked experts and fused projections run faster than views. `weights` packs it. Raises ValueError where it
+    one is copied: stacked experts and fused projections run faster than views. Either is then moved into huge pages, where that
+    takes at most half of the free memory. `weights` packs it. Raises ValueError where it
     names no packing."""
-    from jevons.model.pack import check_kind, pack
-    from jevons.runtime import Runtime
+    from jevons.model.pack import check_kind, pack, settle
+    from jevons.runtime import Runtime, available_bytes
     from jevons.store.checkpoint import load_checkpoint
     from jevons.store.safetensors_io import read_headers
 
@@ -176,4 +177,6 @@ def open_checkpoint(checkpoint: Path, weights: str | None = None) -> Any:
         return loaded
     headers = read_headers(checkpoint) if (checkpoint / "config.json").is_file() else {}
     large = sum(info.end - info.start for info in headers.values()) > MAPPED_FROM
-    return load_checkpoint(checkpoint, frozen=large or any(info.dtype == "F8_E4M3" for info in headers.values()))
+    loaded = load_checkpoint(checkpoint, frozen=large or any(info.dtype == "F8_E4M3" for info in headers.values()))
+    settle(loaded.model, available_bytes() // 2)
+    return loaded
