@@ -108,3 +108,10 @@ def _memory_bytes() -> int:
         return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no such file, or "max"
         return physical
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping; 0 where the system does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -11,7 +11,7 @@ from nets import lively, llama, nano, qwen2, random_ids
 from jevons.engine.rows import Rows
 from jevons.engine.sampler import sample, uniform
 from jevons.model import KVCache, build_meta
-from jevons.model.pack import pack
+from jevons.model.pack import pack, settle
 from jevons.numerics import kernels
 from jevons.numerics import native as native_module
 
@@ -201,3 +201,22 @@ def test_rows_with_top_p_go_to_the_sampler():
     logits = torch.randn(3, 48)
     tokens, _ = rows.choose(logits, slice(0, 3), torch.arange(3))
     assert tokens[1] == logits[1].argmax()
+
+
+@pytest.mark.parametrize("kind", [None, "bf16", "fp8"])
+@pytest.mark.parametrize("net", ["v3", "qwen2", "tied llama"])
+def test_settled_weights_are_the_same_ones(net, kind):
+    model = lively(NETS[net]())
+    if kind:
+        pack(model, kind)
+    both, before = Both(model), model.lm_head.weight
+    assert not settle(model, 100) and model.lm_head.weight is before
+    settled = copy.deepcopy(model)
+    assert settle(settled, 2**30)
+    tied = settled.lm_head.weight is settled.embed_tokens.weight
+    assert tied == (model.lm_head.weight is model.embed_tokens.weight)
+    meta = build_meta(both.table, [0, 0, 0], [4, 2, 5], PAGE)
+    tokens = torch.tensor(random_ids(11))
+    with torch.inference_mode():
+        outs = [m.logits(m(tokens, meta.positions_N, cache, meta)) for m, cache in zip((model, settled), both.caches, strict=True)]
+    assert torch.equal(*outs)

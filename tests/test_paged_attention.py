@@ -343,8 +343,8 @@ def test_other_processors(flags, tmp_path, monkeypatch):
     if flags == ["-march=x86-64-v3"] and not {"avx2", "fma"} <= cpu_info()["flags"]:
         pytest.skip("no AVX2 here")
     kept, built = [f for f in native.FLAGS if f not in ("-O3", "-march=native")], str(tmp_path / "built.so")
-    command = [find_compiler(), "-O1", *flags, *kept, "-shared", str(native.HERE / "attention.cpp"), "-o", built]
-    subprocess.run(command, check=True)
+    source = str(native.HERE / "attention.cpp")
+    subprocess.run([find_compiler(), "-O1", *flags, *kept, "-shared", source, "-o", built], check=True)
     monkeypatch.setattr(native, "library", lambda: ctypes.CDLL(built))
     monkeypatch.setattr(paged, "_functions", functools.cache(paged._functions.__wrapped__))
     for make in (mla_config, gqa_config) * 2:

@@ -225,7 +225,7 @@ class Engine:
             logits = self.model.logits(hidden[[at for _, at in fresh]])
             tokens, logprobs = self.rows.choose(logits, torch.tensor([s.row for s, _ in fresh]))
             for i, ((sequence, _), token, logprob) in enumerate(zip(fresh, tokens.tolist(), logprobs.tolist(), strict=True)):
-                if self._emit(sequence, token, logprob, logits[i], events):
+                if self._emit(sequence, token, logprob, logits, i, events):
                     ended.append(sequence)
                 else:
                     self.rows.follow(sequence)
@@ -288,7 +288,7 @@ class Engine:
         for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
             sequence.computed += 1
             forced = bool(sequence.forced)
-            if self._emit(sequence, token, logprob, logits[i], events):
+            if self._emit(sequence, token, logprob, logits, i, events):
                 ended.append(sequence)
             elif forced:
                 rows.follow(sequence)
@@ -320,7 +320,7 @@ class Engine:
             accepted = 0
             for i in range(count):
                 sequence.computed += 1
-                over = self._emit(sequence, tokens[at + i], logprobs[at + i], logits[at + i], events)
+                over = self._emit(sequence, tokens[at + i], logprobs[at + i], logits, at + i, events)
                 if over or i == len(own) or sequence.tokens[-1] != own[i]:
                     break
                 accepted += 1
@@ -345,8 +345,9 @@ class Engine:
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def _emit(self, sequence: Sequence, token: int, logprob: float, logits_V: torch.Tensor, events: list[TokenEvent]) -> bool:
-        """Append a sampled token, or the one that is forced; whether it was the last."""
+    def _emit(self, sequence: Sequence, token: int, logprob: float, logits: torch.Tensor, row: int,
+              events: list[TokenEvent]) -> bool:
+        """Append a token sampled from a row of logits, or the one that is forced; whether it was the last."""
         request, reason = sequence.request, None
         if logprob != logprob:
             error = "the model's logits are not finite; a weight is damaged"
@@ -356,7 +357,7 @@ class Engine:
         if sequence.forced:
             token = sequence.forced.popleft()
             heat = self.rows.temperature[sequence.row].item() or 1.0
-            logprob = (logits_V.float() / heat).log_softmax(-1)[token].item()
+            logprob = (logits[row].float() / heat).log_softmax(-1)[token].item()
         sequence.accept(token)
         self._counts["generated_tokens"] += 1
         if token == self.eos_id or token in request.params.stop_token_ids:

@@ -76,6 +76,44 @@ def _pack_module(module: nn.Module, name: str, kind: str, dtype: torch.dtype, pa
         module.weight = _frozen(pages.copy(module.weight, torch.float32))
 
 
+@torch.no_grad()
+def settle(model: CausalLM, limit: int) -> bool:
+    """Move the projections and experts of a loaded model, as they are, into huge pages, where every step reads them half as fast
+    again. Whether it was done: not where they take more than `limit` bytes. For inference."""
+    banks = [m for m in model.modules() if isinstance(m, ExpertBank)]
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    weights = [m.weight for m in linears] + [w for m in banks for side in (m.gate_up_proj, m.down_proj)
+                                             for w in (side if isinstance(side, list) else [side])]
+    if sum(map(_bytes, weights)) > limit:
+        return False
+    pages, tied = HugePages(), model.lm_head.weight is model.embed_tokens.weight
+    for module in linears:
+        moved = _moved(module.weight, pages)
+        module.weight = _frozen(moved) if isinstance(moved, torch.Tensor) else moved
+        module._dense = None
+    for bank in banks:
+        for name in ("gate_up_proj", "down_proj"):
+            side = getattr(bank, name)
+            setattr(bank, name, [_moved(w, pages) for w in side] if isinstance(side, list) else _frozen(_moved(side, pages)))
+    if tied:
+        model.embed_tokens.weight = model.lm_head.weight
+    return True
+
+
+def _bytes(weight: Weight) -> int:
+    if isinstance(weight, Rows):
+        return sum(map(_bytes, weight.parts))
+    return (weight.codes if isinstance(weight, Fp8Weight) else weight).nbytes
+
+
+def _moved(weight: Weight, pages: HugePages) -> Weight:
+    if isinstance(weight, Rows):
+        return Rows([_moved(part, pages) for part in weight.parts])
+    if isinstance(weight, Fp8Weight):
+        return Fp8Weight(pages.copy(weight.codes.view(torch.uint8)).view(weight.codes.dtype), weight.scale_inv)
+    return pages.copy(weight)
+
+
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 

@@ -167,12 +167,12 @@ def _describe_files(checkpoint: Path) -> dict[str, Any]:
 
 def open_checkpoint(checkpoint: Path, weights: str | None = None, device: str = "cpu", gpu_experts: float | None = None) -> Any:
     """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
-    one is copied: stacked experts and fused projections run faster than views. `weights` packs it. On a GPU it is copied, as
-    bf16 where it is not FP8; `gpu_experts` (GiB) leaves the routed experts in RAM. Raises ValueError where it names no packing,
-    or one that the device has nothing for."""
+    one is copied: stacked experts and fused projections run faster than views. Either is then moved into huge pages, where that
+    takes at most half of the free memory. `weights` packs it. On a GPU it is copied, as bf16 where it is not FP8; `gpu_experts`
+    (GiB) leaves the routed experts in RAM. Raises ValueError where it names no packing, or one that the device has nothing for."""
     from jevons.model.offload import place, watch_mapped
-    from jevons.model.pack import check_kind, pack
-    from jevons.runtime import Runtime
+    from jevons.model.pack import check_kind, pack, settle
+    from jevons.runtime import Runtime, available_bytes
     from jevons.store.checkpoint import load_checkpoint
     from jevons.store.safetensors_io import read_headers
 
@@ -194,7 +194,8 @@ def open_checkpoint(checkpoint: Path, weights: str | None = None, device: str = 
         pack(loaded.model, weights, runtime.dtype)
     else:
         loaded = load_checkpoint(checkpoint, dtype=None if device == "cpu" else runtime.dtype, frozen=large or fp8)
-        if large:
+        settled = device == "cpu" and settle(loaded.model, available_bytes() // 2)
+        if large and not settled:
             watch_mapped(loaded.model)
     if device != "cpu":
         place(loaded.model, device, None if gpu_experts is None else int(gpu_experts * 2**30))

@@ -96,6 +96,8 @@ struct RowFp8 : RowF32 {
 };
 #endif
 
+static const int64_t AHEAD = 1 << 14;  // bytes: what is asked for arrives before it is needed
+
 // R rows from `row` on times M rows of inputs: out[m * PANEL + r]. One row at a time is read in one stream, which the processor
 // fetches ahead by itself; R streams it does not, so the next R rows are asked for while these are multiplied.
 template <class L, int R, int M>
@@ -103,7 +105,7 @@ static void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8
   const int UNROLL = R == 1 && !L::BLOCKS ? (M == 1 ? 4 : M == 2 ? 2 : 1) : 1;  // sums that hide each other's latency
   const int64_t bytes = L::at(w.columns), width = in.width, block = L::BLOCKS ? BLOCK : w.columns;
   const uint8_t* codes = w.codes + row * bytes;
-  const uint8_t* next = codes + R * bytes;
+  const uint8_t* next = codes + std::max<int64_t>(R * bytes, AHEAD);
   const float* scale = (const float*)w.scale + row / BLOCK * ceil_div(w.columns, BLOCK);
   const uint8_t* x[M];
   for (int m = 0; m < M; m++) x[m] = rows[m];
@@ -341,7 +343,7 @@ static void row_panel(const Weight& w, int64_t panel, const Inputs& in, const ui
   const int R = L::BLOCKS ? 2 : 4;
   int64_t row = panel * PANEL;
   const int64_t end = std::min<int64_t>(row + PANEL, w.rows);
-  if (count > 1)
+  if (count > (L::BLOCKS ? 1 : 3))  // fewer are bound by reading, and one stream is read fastest
     for (; row + R <= end; row += R) row_tiles<L, R, FEW>(w, row, in, x, count, out + row % PANEL);
   for (; row < end; row++) row_tiles<L, 1, FEW>(w, row, in, x, count, out + row % PANEL);
 }
