@@ -86,28 +86,25 @@ if triton_mla.INTERPRETED:
     @pytest.mark.parametrize("make", [mla_config, gqa_config], ids=["mla", "gqa"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
     def test_any_table_any_lengths_any_splits(make, dtype):
-        for _ in range(2):
+        for _ in range(2 if dtype == torch.float32 else 1):
             config, (contexts, lens) = make(), ragged()
             contexts = [min(c, 200) for c in contexts[:3]]
-            lens = [min(n, 9) for n in lens[:3]]
+            lens = [min(n, 7) for n in lens[:3]]
             heads = heads_of(config)
             cache, meta, kept = scene(config, contexts, lens, dtype)
             q = (torch.randn(sum(lens), heads.heads, heads.plain + heads.rotary) * random.choice([1, 3])).to(dtype)
             want = reference(heads, q, kept, contexts, lens)
-            for splits in (1, random.randint(2, 7), None):
+            for splits in (1, random.randint(2, 7)):
                 near(attend(heads, q, cache, meta, splits), want, kept, dtype, "gathered")
 
     def test_v3s_heads_with_drafts():
         config = nano(num_attention_heads=128, kv_lora_rank=512, qk_rope_head_dim=64)
-        heads, contexts, lens = heads_of(config), [70, 0], [1, 2]
+        heads, contexts, lens = heads_of(config), [37, 0], [1, 2]
         cache, meta, kept = scene(config, contexts, lens, torch.bfloat16)
         q = torch.randn(3, 128, 576).bfloat16()
         got = attend(heads, q, cache, meta, 2)
         want = reference(heads, q, kept, contexts, lens)
         assert (got.double() - want).norm() / want.norm() < 1e-2
-        q, cache.data = q.float(), cache.data.float()
-        cache.layers = list(cache.data)
-        assert (attend(heads, q, cache, meta, 3).double() - want).norm() / want.norm() < 1e-5
 
     def test_it_agrees_with_the_gathering_path_under_static_padding():
         """Rows with no cells give zeros, padded queries disturb nobody, one's own NaN stays one's own."""
