@@ -1,0 +1,56 @@
+"""All GPU benchmarks, one after the other, and one JSON file with their rows.
+
+    python benchmarks/gpu_all.py [--quick] [--out gpu.json]
+
+Each runs in a process of its own, for at most eight minutes; one that fails is reported and the others go on. The exit status
+says whether all of them ended well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from gpu_common import NO_GPU
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 480  # seconds of each
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU; its times mean nothing")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    args = parser.parse_args()
+    if not args.rehearse and not torch.cuda.is_available():
+        raise SystemExit(NO_GPU)
+    results, failed = {}, []
+    # the fp8 products have their own benchmark where it is there
+    for script in sorted(p for p in HERE.glob("gpu_*.py") if p.name not in ("gpu_all.py", "gpu_common.py")):
+        print(f"== {script.name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.json"
+            flags = ["--quick"] * args.quick + ["--rehearse"] * args.rehearse
+            try:
+                status = subprocess.run([sys.executable, script, *flags, "--json", rows], timeout=LIMIT).returncode
+            except subprocess.TimeoutExpired:
+                status = -1
+                print(f"{script.name} took more than {LIMIT} s and was stopped")
+            if rows.is_file():
+                results[script.stem] = json.loads(rows.read_text())
+            if status:
+                failed.append(script.name)
+    args.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{args.out}: {', '.join(results) or 'nothing'}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
