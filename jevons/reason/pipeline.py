@@ -8,6 +8,7 @@ written again, the same but for `time.*`.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -18,27 +19,34 @@ from typing import Any, Protocol
 import torch
 
 from jevons import __version__
-from jevons.config import ModelConfig, preset
+from jevons.config import ModelConfig
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
 from jevons.plan import count_parameters, dollars
+from jevons.plan.fit import check_fits, table_config
+from jevons.plan.price import plan_line
 from jevons.reason.evaluate import evaluate
 from jevons.reason.grpo import GRPO
 from jevons.reason.report import write_report
+from jevons.reason.teach import distil, new_student, sample_traces
 from jevons.reason.tensorboard import write_tensorboard
-from jevons.recipe import EvalStage, GRPOStage, PretrainStage, Recipe
+from jevons.recipe import DistilStage, EvalStage, GRPOStage, PretrainStage, Recipe, SFTStage
+from jevons.recipe.stages import TrainedStage
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import is_complete, load_checkpoint, read_provenance, save_checkpoint
 from jevons.store.files import write_text
 from jevons.store.run_dir import MetricsLog, RunDir
 from jevons.tasks.base import Task
 from jevons.tasks.registry import load_task, portable_name
+from jevons.train.ema import Averaged
 from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
 from jevons.train.pretrain import Pretrain
+from jevons.train.sft import SFT, answers, read_conversations
 
 BEGIN = "begin.json"
+EMA = "ema"  # the averaged weights' checkpoint, within the stage's directory
 LEAST_PROMPT = 128  # tokens of room that rollouts leave for a prompt beside max_tokens; twice the longest of PROBED if more
 PROBED = 64
 
@@ -64,6 +72,7 @@ class Run:
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        self._examples: dict[int, int] = {}  # of every SFT stage
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
@@ -95,14 +104,22 @@ class Run:
     def _check(self) -> None:
         """Raises ValueError for what could only fail later, with the directory already begun."""
         recipe = self.recipe
+        if recipe.model.from_dir:
+            ModelConfig.load(recipe.model.from_dir)
+        ranks = int(os.environ.get("WORLD_SIZE", 1)) if self.runtime.device == "cuda" else 1
+        memory = self.runtime.gpu_memory_gib if self.runtime.device == "cuda" else self.runtime.memory_gib
+        check_fits(recipe, memory * 2**30, ranks, lambda: plan_line(recipe))
         for index, stage in enumerate(recipe.stages):
+            if isinstance(stage, SFTStage):
+                self._examples[index] = sum(answers(read_conversations(path)) for path in stage.data)
+                if stage.examples not in (None, self._examples[index]):
+                    raise ValueError(f"stage {recipe.stage_name(index)}: examples is {stage.examples}, and "
+                                     f"{', '.join(stage.data)} holds {self._examples[index]}")
             if isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
-        if recipe.model.from_dir:
-            ModelConfig.load(recipe.model.from_dir)
-        elif (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
+        if not recipe.model.from_dir and (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
             raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
                              f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
 
@@ -113,6 +130,10 @@ class Run:
         directory = self.dir.stage(index, name)
         self._load_model(index)
         self._begin(directory)
+        if isinstance(stage, DistilStage):
+            self._take_student(index, stage, directory)
+        elif isinstance(stage, PretrainStage) and stage.context:
+            self._take_context(self.model.config.with_context(stage.context, stage.yarn_factor))
         self.observer.on_model(self.model, self.tokenizer, f"{self.recipe.name}-{name}")
         if isinstance(stage, EvalStage):
             self._evaluate(index, stage, directory)
@@ -133,9 +154,11 @@ class Run:
         self.log.truncate(json.loads((directory / BEGIN).read_text())["metrics_position"])
         self.log.append({"kind": "stage", "stage": name, "event": "start"})
 
-    def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
+    def _train(self, index: int, stage: TrainedStage, directory: Path) -> None:
         name = self.recipe.stage_name(index)
-        objective = self._objective(stage)
+        objective = self._objective(stage, directory)
+        if stage.ema_decay:
+            objective = Averaged(objective, self.model, stage.ema_decay)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
@@ -144,21 +167,32 @@ class Run:
         done = loop.resume()
         if done == 0:
             self._from_the_start(directory, name)
+            for note in objective.opening():
+                self.log.append({"kind": "note", "stage": name, "text": note})
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
-        save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
+        provenance = self._provenance(index, {
             "steps": progress.step, "tokens": progress.tokens, "time.seconds": progress.seconds,
-            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)}))
+            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)})
+        if isinstance(objective, Averaged):  # first: the stage is complete with its own checkpoint
+            with objective.applied():
+                save_checkpoint(directory / EMA, self.model, self.tokenizer, provenance | {"ema_decay": objective.decay})
+        save_checkpoint(directory, self.model, self.tokenizer, provenance)
         shutil.rmtree(directory / "train_state", ignore_errors=True)
 
-    def _objective(self, stage: PretrainStage | GRPOStage) -> Objective:
+    def _objective(self, stage: TrainedStage, directory: Path) -> Objective:
+        seed = self.recipe.seed
         if isinstance(stage, PretrainStage):
-            return Pretrain(self.model, self.tokenizer, self.task, stage, self.recipe.seed)
+            return Pretrain(self.model, self.tokenizer, self.task, stage, seed)
+        if isinstance(stage, SFTStage):
+            return SFT.of(self.model, self.tokenizer, stage, seed)
+        if isinstance(stage, DistilStage):
+            return distil(self._teacher, self.model, self.tokenizer, directory, stage, seed)
         sequences, rng, render = stage.problems * stage.group_size, random.Random("prompt lengths"), self.tokenizer.renderer()
         prompt = max(LEAST_PROMPT, *(2 * len(render.question(self.task.sample(rng).prompt)) for _ in range(PROBED)))
         engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
                         max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + prompt))
-        objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
+        objective = GRPO(self.model, self.tokenizer, self.task, stage, seed, engine)
         objective.dtype = self.runtime.dtype
         return objective
 
@@ -167,12 +201,15 @@ class Run:
         name, records = self.recipe.stage_name(index), []
         self._from_the_start(directory, name)
         sources = {"base": Path(self.recipe.model.from_dir)} if self.recipe.model.from_dir else {}
-        sources |= {self.recipe.stage_name(i): self._checkpoint(i) for i in self._trained(index)}
+        for i in self._trained(index):
+            sources[self.recipe.stage_name(i)] = self._checkpoint(i)
+            if self.recipe.stages[i].ema_decay:
+                sources[f"{self.recipe.stage_name(i)}, averaged"] = self._checkpoint(i) / EMA
         self.observer.on_stage(name, 0, len(sources))
         for count, (which, source) in enumerate(sources.items()):
             began = time.monotonic()
-            model = load_checkpoint(source).model
-            result, _ = evaluate(model, self.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens,
+            loaded = load_checkpoint(source)  # a student may have a tokenizer of its own
+            result, _ = evaluate(loaded.model, loaded.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens,
                                  on_step=lambda: self._check_stop(name))
             seconds = time.monotonic() - began
             records.append({"kind": "eval", "stage": name, "name": which,
@@ -224,7 +261,28 @@ class Run:
 
     def _config(self) -> ModelConfig:
         """Of the preset; its bos and eos are 0 and 1, which `train_tokenizer` gives them too."""
-        return preset(self.recipe.model.preset, **({"vocab_size": self.recipe.tokenizer.vocab_size} | self.recipe.model.set))
+        return table_config(self.recipe.model, self.recipe.tokenizer.vocab_size)
+
+    def _take_context(self, config: ModelConfig) -> None:
+        """The same weights with another reach: rotary table and softmax scale follow from the config."""
+        if config != self.model.config:
+            model = build_model(config, device=self.model.embed_tokens.weight.device)
+            model.load_state_dict(self.model.state_dict())
+            self.model = model
+
+    def _take_student(self, index: int, stage: DistilStage, directory: Path) -> None:
+        """The model at hand teaches (or the stage's `teacher`); from here on the student is the model at hand."""
+        name, teacher, tokenizer = self.recipe.stage_name(index), self.model, self.tokenizer
+        if stage.teacher:
+            stages = {self.recipe.stage_name(i): i for i in self._trained(index)}
+            source = self._checkpoint(stages[stage.teacher]) if stage.teacher in stages else stage.teacher
+            loaded = load_checkpoint(source, dtype=torch.float32)
+            teacher, tokenizer = loaded.model, loaded.tokenizer
+        self.model, self.tokenizer = new_student(stage, teacher, tokenizer, self.recipe.seed)
+        self._teacher = teacher
+        self.observer.on_stage(f"{name}: answers", 0, 1)
+        sample_traces(teacher, tokenizer, self.task, stage, self.recipe.seed, directory, lambda: self._check_stop(name),
+                      lambda done, of: self.observer.on_step({"stage": name, "step": done / of}, 1))
 
     def _train_tokenizer(self) -> Tokenizer:
         rng = random.Random(f"tokenizer {self.recipe.seed}")
@@ -244,9 +302,19 @@ class Run:
         parameters = count_parameters(self.model.config)
         stages = []
         for i, stage in enumerate(self.recipe.stages):
-            budget = {"pretrain": lambda s: max(1, round(s.tokens / s.batch_tokens)), "grpo": lambda s: s.steps}.get(stage.kind)
-            stages.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "unit": "steps" if budget else "problems",
-                           "budget": budget(stage) if budget else stage.n})
+            match stage:
+                case PretrainStage():
+                    budget = stage.timeline.steps
+                case SFTStage():
+                    budget = stage.steps(self._examples[i])
+                case DistilStage():
+                    budget = stage.steps(stage.problems * stage.samples)  # fewer where answers are left out
+                case GRPOStage():
+                    budget = stage.steps
+                case EvalStage():
+                    budget = stage.n
+            stages.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "budget": budget,
+                           "unit": "problems" if isinstance(stage, EvalStage) else "steps"})
         return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": stages,
                 "parameters": parameters.total + parameters.mtp, "active_parameters": parameters.active,
                 "dollars_per_hour": self.recipe.cost.dollars_per_hour, "task": self.recipe.task.name, "taught": self.taught(),

@@ -8,16 +8,20 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage, Stage
-from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, Table, TaskTable, TokenizerTable
+from jevons.recipe.finetune import DistilStage, FinetuneStage, SFTStage
+from jevons.recipe.schedule import TAGS, Phase
+from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage
+from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, PlanTable, Table, TaskTable, TokenizerTable
 
-__all__ = ["RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "ModelTable", "OptimizerTable", "PretrainStage", "Recipe",
-           "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["RECIPE_DIR", "CostTable", "DistilStage", "EvalStage", "FinetuneStage", "GRPOStage", "ModelTable", "OptimizerTable",
+           "Phase", "PlanTable", "PretrainStage", "Recipe", "RecipeError", "SFTStage", "Stage", "TaskTable", "TokenizerTable",
+           "find_recipe", "load_recipe", "parse_recipe"]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
+Stage = Annotated[PretrainStage | SFTStage | DistilStage | GRPOStage | EvalStage, Field(discriminator="kind")]
 
 
 class RecipeError(ValueError):
@@ -32,6 +36,7 @@ class Recipe(Table):
     task: TaskTable = TaskTable()
     tokenizer: TokenizerTable = TokenizerTable()
     cost: CostTable = CostTable()
+    plan: PlanTable = PlanTable()
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -49,8 +54,10 @@ class Recipe(Table):
         return self.stages[index].name or self.stages[index].kind
 
 
-_TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable}
-_KINDS = {"pretrain": PretrainStage, "grpo": GRPOStage, "eval": EvalStage}
+_TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
+           "plan": PlanTable, "student": ModelTable}
+_KINDS = {"pretrain": PretrainStage, "sft": SFTStage, "distil": DistilStage, "grpo": GRPOStage, "eval": EvalStage}
+_SCHEDULED = {"schedule", "batch_tokens", "mtp_weight", "bias_update_speed"}  # may be phases
 
 
 def _known_keys(table: type[BaseModel]) -> list[str]:
@@ -65,6 +72,9 @@ def _check_keys(raw: dict[str, Any], table: type[BaseModel], where: str, source:
             raise RecipeError(f"{source}: unknown key `{where}{key}`; the nearest known key is `{where}{near}`")
         if key in _TABLES and isinstance(value, dict):
             _check_keys(value, _TABLES[key], f"{where}{key}.", source)
+        if key in _SCHEDULED and isinstance(value, list):
+            for index, phase in enumerate(v for v in value if isinstance(v, dict)):
+                _check_keys(phase, Phase, f"{where}{key}[{index}].", source)
 
 
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:
@@ -86,7 +96,7 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         return Recipe(**raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in _KINDS)
+        where = ".".join(str(part) for part in first["loc"] if part not in (*_KINDS, *TAGS))
         value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
         raise RecipeError(f"{source}: `{where}`{value}: {first['msg']}") from None
 
@@ -125,4 +135,4 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
     file, colon, kind = recipe.task.name.rpartition(":")
     if file.endswith(".py"):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"name": beside(file) + colon + kind})})
-    return recipe, text
+    return recipe.model_copy(update={"stages": [stage.beside(beside) for stage in recipe.stages]}), text

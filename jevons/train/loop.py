@@ -21,7 +21,8 @@ from jevons.recipe import OptimizerTable
 from jevons.store.run_dir import MetricsLog
 from jevons.store.train_state import load_latest, save_train_state
 from jevons.train.objective import LossParts, Objective
-from jevons.train.optim import build_optimizers, load_optimizer_tensors, lr_factor, optimizer_tensors
+from jevons.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from jevons.train.schedule import lr_factor
 
 MAX_BAD_STEPS = 10  # consecutive updates without a finite gradient before the run stops
 
@@ -99,7 +100,7 @@ class Loop:
 
     def _step(self) -> StepResult:
         table = self.settings.optimizer
-        result = StepResult(lr=table.lr * lr_factor(self.progress.step, self.objective.steps, table))
+        result = StepResult(lr=table.lr * lr_factor(self.progress.step, self.objective.steps, table, self.objective.timeline))
         for update in self.objective.next_batch(self.progress.step):
             load: torch.Tensor | None = None
             for parts, grads in self._gradients(update):
@@ -140,7 +141,7 @@ class Loop:
         """One optimizer step; skipped, and counted, where the gradient is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.grad_clip)
         result.grad_norm = norm.item()
-        factor = lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer)
+        factor = lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer, self.objective.timeline)
         if torch.isfinite(norm):
             self.progress.bad_in_a_row = 0
             for optimizer in self.optimizers:
