@@ -190,7 +190,10 @@ class TemplateRenderer(Renderer):
         if not messages:
             raise ChatError("messages is empty; it needs at least one user message")
         guarded = [m | {"content": self._guard(m.get("content") or "", m.get("role") == "assistant")} for m in messages]
-        text = self.text(guarded)
+        return self._ids(self.text(guarded))
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of guarded text: what a guard parts from its beginning is text, whatever it looks like."""
         if GUARD not in text:
             return self.encode_special(text)
         ids, at = [], 0
@@ -231,8 +234,8 @@ class TemplateRenderer(Renderer):
 
     def completion(self, text: str) -> list[int]:
         """Ids of `thought</think>answer` and eos, after a prompt that opens the thought or leaves it to the model."""
-        guarded = self._guard(text, own=True).replace(GUARD, "")
-        return self.encode_special(guarded if self._opened() else f"{THINK}\n{guarded}") + [self.special[EOS]]
+        guarded = self._guard(text, own=True)
+        return self._ids(guarded if self._opened() else f"{THINK}\n{guarded}") + [self.special[EOS]]
 
     def thoughtless(self, content: str) -> list[int]:
         return super().thoughtless(content) if self._opened() else [*self.encode(content), self.special[EOS]]

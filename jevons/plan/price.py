@@ -218,5 +218,5 @@ def plan_line(recipe: Recipe) -> str:
     plan = price_recipe(recipe, Options())
     lay, m, t = plan["layout"], plan["memory_per_gpu"], plan["training"]
     return (f"`jevons plan {recipe.name}` says {m['total'] / 1e9:,.1f} of {m['capacity'] / 1e9:,.0f} GB on each of "
-            f"{t['gpus']:,} x {t['title']} (TP {lay['tp']} x PP {lay['pp']} x DP {lay['dp']}, EP {lay['ep']}), {t['gpu_hours']:,.0f} GPU hours, "
-            f"${t['dollars']:,.0f}")
+            f"{t['gpus']:,} x {t['title']} (TP {lay['tp']} x PP {lay['pp']} x DP {lay['dp']}, EP {lay['ep']}), "
+            f"{t['gpu_hours']:,.0f} GPU hours, ${t['dollars']:,.0f}")

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from jevons.model import CausalLM
-from jevons.train.objective import LossParts, Objective
+from jevons.train.objective import Objective
 
 PREFIX = "ema."
+
+
+def _passed_on(name: str) -> property:
+    return property(lambda self: getattr(self.inner, name))
 
 
 class Averaged(Objective):
@@ -34,6 +37,9 @@ class Averaged(Objective):
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         self.inner.after_update(load_RE)
         torch._foreach_lerp_(list(self.average.values()), [t.float() for t in self._live.values()], 1 - self.decay)
+
+    next_batch, loss, metrics, samples, opening, state_dict, load_state_dict = map(_passed_on, (
+        "next_batch", "loss", "metrics", "samples", "opening", "state_dict", "load_state_dict"))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -54,26 +60,3 @@ class Averaged(Objective):
         for name, tensor in self.average.items():
             tensor.copy_(tensors[PREFIX + name])
         self.inner.load_tensors({n: t for n, t in tensors.items() if not n.startswith(PREFIX)})
-
-    # what it passes on
-
-    def next_batch(self, step: int) -> list[list[Any]]:
-        return self.inner.next_batch(step)
-
-    def loss(self, micro: Any) -> LossParts:
-        return self.inner.loss(micro)
-
-    def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
-        return self.inner.metrics(sums)
-
-    def samples(self) -> list[dict[str, Any]]:
-        return self.inner.samples()
-
-    def opening(self) -> list[str]:
-        return self.inner.opening()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state)
