@@ -67,7 +67,7 @@ def test_every_answer_is_an_example_as_the_server_would_ask_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("row,own", [
-    ({"question": "a", "answer": "moon"}, f"{END_THINK}\nmoon"),  # no thought: the one that the prompt opens is closed at once
+    ({"question": "a", "answer": "moon"}, f"{END_THINK}\nmoon"),  # what the prompt opens is closed at once
     ({"question": "a", "answer": "why</think>moon"}, f"why{END_THINK}moon"),
     ({"prompt": "a", "completion": "<think>\nwhy\n</think>\n\nmoon"}, f"why\n{END_THINK}\n\nmoon"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<｜User｜>"}]}, f"{END_THINK}\n<｜User｜>"),
