@@ -70,7 +70,7 @@ def test_every_answer_is_an_example_as_the_server_would_ask_for_it(tmp_path):
     ({"question": "a", "answer": "moon"}, f"{END_THINK}\nmoon"),  # what the prompt opens is closed at once
     ({"question": "a", "answer": "why</think>moon"}, f"why{END_THINK}moon"),
     ({"prompt": "a", "completion": "<think>\nwhy\n</think>\n\nmoon"}, f"why\n{END_THINK}\n\nmoon"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<｜User｜>"}]}, f"{END_THINK}\n<｜User｜>"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": USER}]}, f"{END_THINK}\n{USER}"),
 ])
 def test_thoughts(tmp_path, row, own):
     (document,) = render(read_conversations(write_rows(tmp_path / "x.jsonl", [row])), TOKENIZER, 1000)
