@@ -276,6 +276,7 @@ def test_stopped_anywhere_and_gone_on_is_the_same(home):
     ("mode = \"logit\"", "mode` = 'logit'"),
     ("mode = \"traces\"\ntop_k = 5", "top_k does nothing in mode \"traces\""),
     ("mode = \"logits\"\nkl_weight = 0", "kl_weight` = 0"),
+    ("temperature = 0", "samples 2 at temperature 0 are 2 times the same; 1 would be right"),
     ("mode = \"logits\"\ntopk = 5", "unknown key `stages.0..topk`; the nearest known key is `stages.0..top_k`"),
     ("preset = \"v3\"", "preset 'v3' is not known for distil; r1 would be right"),
 ])

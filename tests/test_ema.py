@@ -34,6 +34,8 @@ def test_the_average_by_hand(tmp_path):
     assert set(objective.average) == set(by_hand) and any("e_score" in n for n in by_hand)
     for name, tensor in objective.average.items():
         torch.testing.assert_close(tensor.double(), by_hand[name], atol=1e-5, rtol=1e-5)
+    objective.step = 77
+    assert objective.inner.step == 77, "what is set on it is set on what it wraps"
     assert objective.inner.loads and objective.state_dict() == {"loads": objective.inner.loads}, "what it wraps still works"
 
 

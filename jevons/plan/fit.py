@@ -63,7 +63,7 @@ def training_bytes(c: ModelConfig, stage: PretrainStage | FinetuneStage | GRPOSt
     p = count_parameters(c)
     parameters = p.total + p.mtp
     momenta = 2 if stage.optimizer.matrices == "adamw" else 1  # Muon has one of most
-    tokens = getattr(stage, "micro_batch_tokens", 4096) or stage.timeline.batch(0)
+    tokens = getattr(stage, "micro_batch_tokens", 4096) or stage.timeline.batch(stage.timeline.steps)
     layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
     kept = sum(activation_bytes(c, i, "selective", "bf16") for i in layers) + 4 * c.vocab_size
     out = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "optimizer": 4.0 * momenta * parameters}

@@ -81,10 +81,12 @@ class DistilStage(FinetuneStage):
     kl_weight: float = Field(1.0, gt=0, le=1, description="logits: the rest is cross-entropy on the teacher's answer")
 
     @model_validator(mode="after")
-    def _of_logits(self) -> DistilStage:
+    def _has_its_effect(self) -> DistilStage:
         given = sorted({"top_k", "kl_weight"} & self.model_fields_set)
         if given and self.mode == "traces":
             raise ValueError(f"{given[0]} does nothing in mode \"traces\"; mode = \"logits\" would use it")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples {self.samples} at temperature 0 are {self.samples} times the same; 1 would be right")
         return self
 
     def beside(self, find: Callable[[str], str]) -> DistilStage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,31 +16,33 @@ from jevons.model import CausalLM
 from jevons.train.objective import Objective
 
 PREFIX = "ema."
+_OWN = {"inner", "decay", "average", "_live"}
 
 
-def _passed_on(name: str) -> property:
-    return property(lambda self: getattr(self.inner, name))
-
-
-class Averaged(Objective):
+class Averaged:
     """Another objective, with the average in its state: average <- decay * average + (1 - decay) * weight, in float32.
 
-    It begins as the weights do. Router biases are averaged too; a skipped update changes nothing.
+    It begins as the weights do. Router biases are averaged too; a skipped update changes nothing. All else is the inner one's.
     """
 
     def __init__(self, inner: Objective, model: CausalLM, decay: float):
         self.inner, self.decay = inner, decay
-        self.steps, self.timeline = inner.steps, inner.timeline
         biases = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
         self._live = {n: t.detach() for n, t in model.named_parameters()} | biases
         self.average = {name: tensor.float().clone() for name, tensor in self._live.items()}
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            self.__dict__[name] = value
+        else:
+            setattr(self.inner, name, value)
+
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         self.inner.after_update(load_RE)
         torch._foreach_lerp_(list(self.average.values()), [t.float() for t in self._live.values()], 1 - self.decay)
-
-    next_batch, loss, metrics, samples, opening, state_dict, load_state_dict = map(_passed_on, (
-        "next_batch", "loss", "metrics", "samples", "opening", "state_dict", "load_state_dict"))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
