@@ -104,8 +104,7 @@ class Run:
     def _check(self) -> None:
         """Raises ValueError for what could only fail later, with the directory already begun."""
         recipe = self.recipe
-        if recipe.model.from_dir:
-            ModelConfig.load(recipe.model.from_dir)
+        config = ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config()
         ranks = int(os.environ.get("WORLD_SIZE", 1)) if self.runtime.device == "cuda" else 1
         memory = self.runtime.gpu_memory_gib if self.runtime.device == "cuda" else self.runtime.memory_gib
         if memory:  # a machine that does not say has enough
@@ -120,7 +119,7 @@ class Run:
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
-        if not recipe.model.from_dir and (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
+        if not recipe.model.from_dir and config.vocab_size < recipe.tokenizer.vocab_size:
             raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
                              f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from jevons.recipe.finetune import DistilStage, FinetuneStage, SFTStage
-from jevons.recipe.schedule import TAGS, Phase
+from jevons.recipe.schedule import SCHEDULED, TAGS, Phase
 from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage
 from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, PlanTable, Table, TaskTable, TokenizerTable
 
@@ -55,9 +55,8 @@ class Recipe(Table):
 
 
 _TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
-           "plan": PlanTable, "student": ModelTable}
+           "plan": PlanTable, "student": ModelTable} | dict.fromkeys(SCHEDULED, Phase)
 _KINDS = {"pretrain": PretrainStage, "sft": SFTStage, "distil": DistilStage, "grpo": GRPOStage, "eval": EvalStage}
-_SCHEDULED = {"schedule", "batch_tokens", "mtp_weight", "bias_update_speed"}  # may be phases
 
 
 def _known_keys(table: type[BaseModel]) -> list[str]:
@@ -70,11 +69,12 @@ def _check_keys(raw: dict[str, Any], table: type[BaseModel], where: str, source:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise RecipeError(f"{source}: unknown key `{where}{key}`; the nearest known key is `{where}{near}`")
-        if key in _TABLES and isinstance(value, dict):
-            _check_keys(value, _TABLES[key], f"{where}{key}.", source)
-        if key in _SCHEDULED and isinstance(value, list):
-            for index, phase in enumerate(v for v in value if isinstance(v, dict)):
-                _check_keys(phase, Phase, f"{where}{key}[{index}].", source)
+        inner = {f"{key}.": value} if isinstance(value, dict) else {}
+        if isinstance(value, list):
+            inner = {f"{key}[{i}].": item for i, item in enumerate(value) if isinstance(item, dict)}
+        for name, item in inner.items():
+            if key in _TABLES:
+                _check_keys(item, _TABLES[key], f"{where}{name}", source)
 
 
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:

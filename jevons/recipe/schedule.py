@@ -35,6 +35,7 @@ class Phase(BaseModel):
 
 
 Phases = tuple[Phase, ...]
+SCHEDULED = ("schedule", "batch_tokens", "mtp_weight", "bias_update_speed")  # keys that may hold phases
 TAGS = ("number", "phases")  # in pydantic's error locations; no part of a key's name
 
 
