@@ -72,6 +72,9 @@ def test_the_steps_of_a_ramp_come_nearest_to_the_budget(tokens, batch):
     if isinstance(batch, int):
         assert timeline.steps == max(1, round(tokens / batch)), "as recipes without a ramp have always counted"
     assert timeline.batch(timeline.steps + 5) == last, "a look past the end is harmless"
+    spans = [timeline.span(step, 16) for step in range(min(timeline.steps, 300))]
+    assert spans[0][0] == 0 and all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+    assert all(abs(16 * n - size) < 16 for (_, n), size in zip(spans, sizes, strict=True))
 
 
 def test_v3s_own_run():

@@ -119,6 +119,11 @@ class Timeline:
         step = min(step, self.steps - 1)
         return self.bounds[step + 1] - self.bounds[step]
 
+    def span(self, step: int, length: int) -> tuple[int, int]:
+        """(first, how many) rows of `length` tokens in `step`: every row in one step, none left out between."""
+        first, end = (self.bounds[min(i, self.steps)] // length for i in (step, step + 1))
+        return first, end - first
+
     def value(self, schedule: float | Phases, step: int) -> float:
         """The schedule's value in `step`, counted from 0."""
         return value_at(schedule, self.bounds[min(step, self.steps)], self.total)
