@@ -102,6 +102,26 @@ class Renderer:
         prompt, answer = self.question(question), self.completion(completion)
         return Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
+    def conversation(self, messages: Sequence[dict[str, Any]]) -> Rendered:
+        """A training example: the last message, the assistant's, as the answer to those before it. Its thought is its
+        `reasoning_content`, or its content up to `</think>`; without either it has none. Raises ChatError."""
+        *before, last = messages
+        if last["role"] != "assistant":
+            raise ChatError(f"messages[{len(before)}].role is {last['role']!r}; 'assistant' was expected here")
+        prompt, thought, content = self.prompt(before), last.get("reasoning_content"), last["content"]
+        if thought:
+            content = f"{thought.strip()}\n{END_THINK}{self.after_thought}{content.lstrip()}"
+        elif content.startswith(THINK):
+            content = content.removeprefix(THINK).removeprefix("\n")
+        answer = self.completion(content) if END_THINK in content else self.thoughtless(content)
+        return Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+    after_thought = "\n"
+
+    def thoughtless(self, content: str) -> list[int]:
+        """Ids of an answer without a thought, eos included: one that the prompt opened is closed at once."""
+        return self.completion(f"{END_THINK}{self.after_thought}{content}")
+
 
 GUARD = "\ufdd0"  # no character of any text: put into a special token's text, it keeps it from becoming the token
 
@@ -170,7 +190,10 @@ class TemplateRenderer(Renderer):
         if not messages:
             raise ChatError("messages is empty; it needs at least one user message")
         guarded = [m | {"content": self._guard(m.get("content") or "", m.get("role") == "assistant")} for m in messages]
-        text = self.text(guarded)
+        return self._ids(self.text(guarded))
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of guarded text: what a guard parts from its beginning is text, whatever it looks like."""
         if GUARD not in text:
             return self.encode_special(text)
         ids, at = [], 0
@@ -203,11 +226,19 @@ class TemplateRenderer(Renderer):
         lines = not self.text([question]).endswith(THINK)
         return self._close("\n", words, "\n\n") if lines else self._close("", words, "")
 
+    after_thought = "\n\n"
+
+    def _opened(self) -> bool:
+        """Whether a prompt ends within the thought."""
+        return self.text([{"role": "user", "content": "x"}]).rstrip().endswith(THINK)
+
     def completion(self, text: str) -> list[int]:
         """Ids of `thought</think>answer` and eos, after a prompt that opens the thought or leaves it to the model."""
-        opened = self.text([{"role": "user", "content": "x"}]).rstrip().endswith(THINK)
-        guarded = self._guard(text, own=True).replace(GUARD, "")
-        return self.encode_special(guarded if opened else f"{THINK}\n{guarded}") + [self.special[EOS]]
+        guarded = self._guard(text, own=True)
+        return self._ids(guarded if self._opened() else f"{THINK}\n{guarded}") + [self.special[EOS]]
+
+    def thoughtless(self, content: str) -> list[int]:
+        return super().thoughtless(content) if self._opened() else [*self.encode(content), self.special[EOS]]
 
 
 def check_roles(messages: Sequence[dict[str, Any]]) -> None:

@@ -146,7 +146,7 @@ def plan(model: Annotated[str, typer.Argument(
          gpu: Annotated[str | None, typer.Option("--gpu", help="h800, h100, h200, a100, rtx4090, m3-ultra, epyc, ...")] = None,
          gpus: Annotated[int | None, typer.Option("--gpus")] = None,
          price: Annotated[float | None, typer.Option("--price", help="dollars an hour and GPU")] = None,
-         utilisation: Annotated[float, typer.Option("--utilisation", help="share of the bf16 peak reached")] = 0.39,
+         utilisation: Annotated[float | None, typer.Option("--utilisation", help="share of the bf16 peak reached (0.39)")] = None,
          tokens: Annotated[float | None, typer.Option("--tokens", parser=_count, help="to train on: 4.2M, 14.8T")] = None,
          row: Annotated[int | None, typer.Option("--row", help="tokens of a training row")] = None,
          tp: Annotated[int | None, typer.Option("--tp", help="tensor parallel")] = None,

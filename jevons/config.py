@@ -168,6 +168,27 @@ class ModelConfig(BaseModel):
         """Layers past `first_k_dense_replace`, the MTP layer (index `num_hidden_layers`) included, are MoE."""
         return self.is_moe and index >= self.first_k_dense_replace
 
+    def with_context(self, context: int, yarn_factor: float | None = None) -> ModelConfig:
+        """This model for rows of `context` tokens. With `yarn_factor` s, YaRN stretches s times the length that the model was
+        first trained at (V3 report section 4.3: alpha 1, beta 32, sqrt(t) = 0.1 ln s + 1, on the decoupled key and its query).
+        Raises ConfigError."""
+        scaling, source = self.rope_scaling, "context extension"
+        if yarn_factor is None:
+            if scaling and context > self.max_position_embeddings:
+                raise ConfigError(f"{source}: context {context} is past the {self.max_position_embeddings} positions of this "
+                                  "model's rope_scaling; give yarn_factor")
+            return self if scaling else self.build(self.model_dump() | {"max_position_embeddings": context}, source)
+        if scaling and scaling["rope_type"] != "yarn":
+            raise ConfigError(f"{source}: rope_scaling of type {scaling['rope_type']} cannot become YaRN; a model with yarn or "
+                              "without scaling would be right")
+        original = scaling["original_max_position_embeddings"] if scaling else self.max_position_embeddings
+        if context > (length := round(original * yarn_factor)):
+            raise ConfigError(f"{source}: context {context} is past {original} x yarn_factor {yarn_factor:g} = {length}")
+        yarn = {"rope_type": "yarn", "factor": yarn_factor, "original_max_position_embeddings": original, "beta_fast": 32.0,
+                "beta_slow": 1.0}
+        yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0} if self.is_deepseek else {}
+        return self.build(self.model_dump() | {"rope_scaling": yarn, "max_position_embeddings": length}, source)
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
         """Read a Hugging Face `config.json`. Raises ConfigError naming the field that is unknown or unsupported."""
@@ -340,13 +361,21 @@ _TINY = dict(
     qk_rope_head_dim=32, v_head_dim=32, num_nextn_predict_layers=1, max_position_embeddings=1024, initializer_range=0.02,
 )
 
-# Tiny presets: every V3 feature on, every matrix dimension a multiple of 32, trainable on two CPU cores.
+_DENSE = dict(
+    architecture=QWEN2, attention_bias=True, vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.02, tie_word_embeddings=True,
+)
+
+# Tiny presets: every V3 feature on (in V3's), every matrix dimension a multiple of 32, trainable on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "v3-nano": _TINY | dict(hidden_size=64, num_attention_heads=2, intermediate_size=128, moe_intermediate_size=32,
                             num_hidden_layers=2, q_lora_rank=32, kv_lora_rank=32),
     "v3-tiny": _TINY,
     "v3-small": _TINY | dict(hidden_size=192, num_attention_heads=6, intermediate_size=576, moe_intermediate_size=96,
                              n_routed_experts=16, num_hidden_layers=6),
+    # students for distillation, which every program runs
+    "qwen2-nano": _DENSE | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2),
+    "qwen2-tiny": _DENSE,
 }
 
 

@@ -76,7 +76,7 @@ def test_what_they_mean():
     assert llama.eos_token_id == 2 and not llama.is_moe
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("v3")])
 def test_presets_are_whole_v3s_in_multiples_of_32(name):
     config = preset(name)
     assert config.is_moe and config.n_group > 1 and config.num_nextn_predict_layers == 1 and config.first_k_dense_replace >= 1

@@ -20,7 +20,7 @@ from jevons.model import build_model
 from jevons.numerics import peak
 from jevons.plan import training_flops
 from jevons.plan.counts import PlanError
-from jevons.plan.fits import check_fits, training_memory
+from jevons.plan.fit import check_fits, training_bytes
 from jevons.recipe import GuardTable, OptimizerTable, parse_recipe
 from jevons.runtime import Runtime
 from jevons.store import train_state
@@ -509,10 +509,10 @@ def test_the_plans_memory_is_what_training_holds(matrices):
     held = Meter.held(model, optimizers)
     stage = parse_recipe(RECIPE.format(width=64)).stages[0]
     stage = stage.model_copy(update={"optimizer": OptimizerTable(matrices=matrices)})
-    memory = training_memory(config, stage)
-    assert memory.weights == pytest.approx(held["weights"], rel=0.1)  # buffers and router biases aside
-    assert memory.gradients == pytest.approx(held["gradients"], rel=0.01)
-    assert memory.optimizer == pytest.approx(held["optimizer"], rel=0.02)
+    memory = training_bytes(config, stage)
+    assert memory["weights"] == pytest.approx(held["weights"], rel=0.1)  # buffers and router biases aside
+    assert memory["gradients"] == pytest.approx(held["gradients"], rel=0.01)
+    assert memory["optimizer"] == pytest.approx(held["optimizer"], rel=0.02)
 
 
 RECIPE = """
@@ -529,26 +529,15 @@ batch_tokens = 8192
 
 def test_a_recipe_that_does_not_fit_is_refused_with_its_plan():
     recipe = parse_recipe(RECIPE.format(width=65536))
-    config = preset("v3-nano", vocab_size=512, **recipe.model.set)
-    need = training_memory(config, recipe.stages[0]).total / 2**30
+    config, stage = preset("v3-nano", vocab_size=512, **recipe.model.set), recipe.stages[0]
+    parts = training_bytes(config, stage)
+    need = sum(parts.values())
     with pytest.raises(PlanError) as error:
-        check_fits(recipe, config, need * 0.99)
+        check_fits(recipe, need * 0.99, 1, lambda: "the plan")
     text = str(error.value)
-    for part in ("recipe huge does not fit: stage pretrain needs about", *vars(training_memory(config, recipe.stages[0])), "GiB"):
+    for part in ("recipe huge, stage pretrain does not fit in memory", *parts, "GB", "the plan"):
         assert part in text
-    check_fits(recipe, config, need * 1.01)
-    check_fits(recipe, config, need * 0.51, machines=2)
-    check_fits(recipe, config, 0.0)
-    more = training_memory(config, recipe.stages[0].model_copy(update={"micro_batch_tokens": 1024})).activations
-    assert more < training_memory(config, recipe.stages[0]).activations / 7
-
-
-def test_a_run_that_does_not_fit_leaves_no_directory(tmp_path):
-    from test_pipeline import Quiet
-
-    from jevons.reason.pipeline import Run
-
-    text = RECIPE.format(width=65536).replace("[[stages]]", '[task]\nname = "countdown"\n[[stages]]')
-    with pytest.raises(PlanError, match="does not fit"):
-        Run(parse_recipe(text), text, tmp_path / "out", Quiet())
-    assert not (tmp_path / "out").exists()
+    check_fits(recipe, need * 1.01, 1, lambda: "")
+    less = training_bytes(config, stage.model_copy(update={"micro_batch_tokens": 1024}))["activations"]
+    assert less == parts["activations"] / 8
+    assert training_bytes(config, stage.model_copy(update={"micro_batch_tokens": 1024}), threads=2)["activations"] == 2 * less

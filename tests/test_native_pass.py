@@ -218,5 +218,5 @@ def test_settled_weights_are_the_same_ones(net, kind):
     meta = build_meta(both.table, [0, 0, 0], [4, 2, 5], PAGE)
     tokens = torch.tensor(random_ids(11))
     with torch.inference_mode():
-        outs = [m.logits(m(tokens, meta.positions_N, cache, meta)) for m, cache in zip((model, settled), both.caches, strict=True)]
+        outs = [m.logits(m(tokens, meta.positions_N, c, meta)) for m, c in zip((model, settled), both.caches, strict=True)]
     assert torch.equal(*outs)

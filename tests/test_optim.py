@@ -14,10 +14,10 @@ from jevons.train.optim import (
     Muon,
     build_optimizers,
     load_optimizer_tensors,
-    lr_factor,
     optimizer_tensors,
     orthogonalise,
 )
+from jevons.train.schedule import lr_factor
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (40, 16), (1, 12), (12, 1)]
 

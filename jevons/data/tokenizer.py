@@ -72,6 +72,10 @@ class Tokenizer:
     def pad_id(self) -> int:
         return self.special[PAD]
 
+    def vocabulary(self) -> dict[int, str]:
+        """Token by id, special ones included."""
+        return {index: token for token, index in self._full.get_vocab(with_added_tokens=True).items()}
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; the text of a special token is text like any other. Lone surrogates become `?`."""
         return self._plain.encode(_clean(text), add_special_tokens=False).ids
@@ -102,7 +106,7 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json. The same tokenizer always gives the same bytes."""
-        names = {index: token for token, index in self._full.get_vocab(with_added_tokens=True).items()}
+        names = self.vocabulary()
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": names[self.bos_id], "eos_token": names[self.eos_id], "pad_token": names[self.pad_id],

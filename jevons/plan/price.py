@@ -10,10 +10,11 @@ from typing import Any
 
 from jevons.config import PRESETS, preset, read_config
 from jevons.plan.counts import PlanError, Shape, census, count_parameters, forward_flops, kv_beside, training_flops
+from jevons.plan.fit import stage_configs, table_config
 from jevons.plan.hardware import HARDWARE, WEIGHT_BYTES, serving, training_cost, weight_bytes
 from jevons.plan.layout import BUBBLES, Layout, bubble, memory_by_device
 from jevons.published import CONFIGS, TRAININGS
-from jevons.recipe import RECIPE_DIR, GRPOStage, PretrainStage, Recipe, load_recipe
+from jevons.recipe import RECIPE_DIR, DistilStage, EvalStage, GRPOStage, PretrainStage, Recipe, SFTStage, load_recipe
 
 UTILISATION = 0.39  # what V3 reached of the bf16 peak (report: 2664K hours)
 TOKENS_PER_PARAMETER = 20  # where nothing was published
@@ -26,7 +27,7 @@ class Options:
     gpu: str | None = None
     gpus: int | None = None
     price: float | None = None
-    utilisation: float = UTILISATION
+    utilisation: float | None = None  # UTILISATION
     tokens: float | None = None
     row: int | None = None
     tp: int | None = None
@@ -116,6 +117,7 @@ def _price_model(name: str, c: Shape, options: Options, defaults: dict[str, Any]
     gpu = _hardware(options.gpu or defaults.get("gpu") or ("laptop" if name in PRESETS else "h100"))
     hardware = HARDWARE[gpu]
     price = hardware.dollars_per_hour if options.price is None else options.price
+    utilisation = UTILISATION if options.utilisation is None else options.utilisation
     row = options.row or min(4096, c.max_position_embeddings)
     tokens = options.tokens or defaults.get("tokens") or float(TOKENS_PER_PARAMETER * p.active)
     flops = training_flops(c, 1, row, mtp=False)
@@ -140,8 +142,8 @@ def _price_model(name: str, c: Shape, options: Options, defaults: dict[str, Any]
         "memory_per_gpu": asdict(held) | {"total": held.total, "capacity": hardware.memory},
         "bubbles": {"pp": pp} | lost,
         "training": {"tokens": tokens, "gpu": gpu, "title": hardware.title, "gpus": gpus, "dollars_per_hour": price,
-                     "utilisation": options.utilisation, "peak": hardware.bf16, "flops": flops * tokens}
-        | asdict(training_cost(flops * tokens, gpus, hardware.bf16, options.utilisation, price)),
+                     "utilisation": utilisation, "peak": hardware.bf16, "flops": flops * tokens}
+        | asdict(training_cost(flops * tokens, gpus, hardware.bf16, utilisation, price)),
         "serving": {"context": context, "precision": precision, "per_user": options.per_user,
                     "weights": weight_bytes(c, precision),
                     "on": {k: {"title": HARDWARE[k].title, "decode": v.decode} | asdict(v) for k, v in served.items()}},
@@ -149,38 +151,72 @@ def _price_model(name: str, c: Shape, options: Options, defaults: dict[str, Any]
 
 
 def price_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """A recipe's budgets: tokens, FLOPs, hours and dollars by stage.
+    """A recipe's budgets: tokens, FLOPs, hours and dollars by stage; on the machine of its `[plan]` where options name none.
 
-    Upper bounds in tokens: every answer as long as its limit. Rows are counted as long as the longest answer. A stage of
-    reinforcement learning costs one forward pass to sample, three to learn, and one for the reference where there is a KL."""
-    if recipe.model.from_dir:
-        name, c = find_shape(recipe.model.from_dir)
-    else:
-        name = str(recipe.model.preset)
-        changes = {"vocab_size": recipe.tokenizer.vocab_size} | recipe.model.set
-        c = Shape.from_hf(preset(name, **changes).to_hf(), name)
-    gpu = _hardware(options.gpu or ("laptop" if recipe.model.preset else "h100"))
+    Upper bounds in tokens: every answer as long as its limit. Rows are counted as long as the longest answer, those of a stage
+    with a `context` so long. A stage of reinforcement learning costs one forward pass to sample, three to learn, and one for the
+    reference where there is a KL; distillation one of the teacher to sample, and by logits one more in every epoch."""
+    options = replace(options, **{k: v for k, v in recipe.plan.model_dump().items() if getattr(options, k) is None})
+
+    def load(directory: str) -> Shape:
+        return find_shape(directory)[1]
+
+    c = table_config(recipe.model, recipe.tokenizer.vocab_size, load)
+    c, configs = (Shape.from_hf(c.to_hf()) if recipe.model.preset else c), stage_configs(recipe, load)
+    name = str(recipe.model.preset) if recipe.model.preset else find_shape(recipe.model.from_dir)[0]
+    gpu = _hardware(options.gpu or ("laptop" if recipe.model.preset in PRESETS else "h100"))
     gpus = options.gpus or 1
     price = options.price if options.price is not None else (
         HARDWARE[gpu].dollars_per_hour if options.gpu else recipe.cost.dollars_per_hour)
-    longest = max([stage.max_tokens for stage in recipe.stages if not isinstance(stage, PretrainStage)] or
-                  [c.max_position_embeddings])
+    utilisation = UTILISATION if options.utilisation is None else options.utilisation
+    longest = max([stage.max_tokens for stage in recipe.stages if hasattr(stage, "max_tokens")] or [c.max_position_embeddings])
     row = options.row or min(longest, c.max_position_embeddings)
-    forward, checkpoints, stages = forward_flops(c, (row + 1) / 2), 1 if recipe.model.from_dir else 0, []
-    for index, stage in enumerate(recipe.stages):
+    checkpoints, stages = 1 if recipe.model.from_dir else 0, []
+    for index, (stage, (now, teacher)) in enumerate(zip(recipe.stages, configs, strict=True)):
+        forward = forward_flops(now, (row + 1) / 2)
         if isinstance(stage, PretrainStage):
-            tokens, flops = stage.tokens, training_flops(c, stage.tokens, row, mtp=stage.mtp_weight > 0)
+            tokens = stage.tokens
+            flops = training_flops(now, tokens, options.row or stage.context or row, mtp=stage.has_mtp)
         elif isinstance(stage, GRPOStage):
             tokens = stage.steps * stage.problems * stage.group_size * stage.max_tokens
-            flops = (tokens * forward * (2 if stage.kl_beta else 1) + training_flops(c, tokens, row, mtp=stage.mtp_weight > 0))
+            flops = tokens * forward * (2 if stage.kl_beta else 1) + training_flops(now, tokens, row, mtp=stage.mtp_weight > 0)
+        elif isinstance(stage, SFTStage):
+            length = stage.mean_tokens or min(row, now.max_position_embeddings)
+            tokens = stage.epochs * length * (stage.examples or _answers(stage))
+            flops = training_flops(now, tokens, length)
+        elif isinstance(stage, DistilStage):
+            sampled = stage.problems * stage.samples * stage.max_tokens
+            tokens = stage.epochs * sampled
+            flops = training_flops(now, tokens, row) + forward_flops(teacher, (row + 1) / 2) * (
+                sampled + (tokens if stage.mode == "logits" else 0))
         else:
             tokens = stage.n * stage.max_tokens * checkpoints
             flops = tokens * forward
-        checkpoints += stage.kind != "eval"
-        cost = training_cost(flops, gpus, HARDWARE[gpu].bf16, options.utilisation, price)
+        checkpoints += 0 if isinstance(stage, EvalStage) else 2 if stage.ema_decay else 1
+        cost = training_cost(flops, gpus, HARDWARE[gpu].bf16, utilisation, price)
         stages.append({"stage": recipe.stage_name(index), "kind": stage.kind, "tokens": tokens, "flops": flops,
-                       "seconds": cost.days * 86400, "dollars": cost.dollars})
-    total = {key: sum(s[key] for s in stages) for key in ("tokens", "flops", "seconds", "dollars")}
+                       "gpu_hours": cost.gpu_hours, "seconds": cost.days * 86400, "dollars": cost.dollars})
+    total = {key: sum(s[key] for s in stages) for key in ("tokens", "flops", "gpu_hours", "seconds", "dollars")}
     model = _price_model(name, c, replace(options, tokens=float(max(1, total["tokens"])), gpu=gpu, gpus=gpus, row=row,
                                           price=price, context=options.context or row), {})
-    return model | {"kind": "recipe", "recipe": recipe.name, "stages": stages, "total": total}
+    training = {k: total[k] for k in ("flops", "gpu_hours", "dollars")} | {"days": total["seconds"] / 86400}
+    return model | {"kind": "recipe", "recipe": recipe.name, "stages": stages, "total": total,
+                    "training": model["training"] | training}
+
+
+def _answers(stage: SFTStage) -> int:
+    """About how many examples the stage's files hold: their rows. Raises PlanError where one is not there."""
+    missing = [path for path in stage.data if not Path(path).is_file()]
+    if missing:
+        raise PlanError(f"{missing[0]} does not exist, so its examples cannot be counted; `examples` in the recipe would say how "
+                        "many there are")
+    return sum(bool(line.strip()) for path in stage.data for line in Path(path).read_bytes().split(b"\n"))
+
+
+def plan_line(recipe: Recipe) -> str:
+    """A recipe's plan in one line: where it fits, and what it costs there."""
+    plan = price_recipe(recipe, Options())
+    lay, m, t = plan["layout"], plan["memory_per_gpu"], plan["training"]
+    return (f"`jevons plan {recipe.name}` says {m['total'] / 1e9:,.1f} of {m['capacity'] / 1e9:,.0f} GB on each of "
+            f"{t['gpus']:,} x {t['title']} (TP {lay['tp']} x PP {lay['pp']} x DP {lay['dp']}, EP {lay['ep']}), "
+            f"{t['gpu_hours']:,.0f} GPU hours, ${t['dollars']:,.0f}")

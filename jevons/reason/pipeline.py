@@ -13,14 +13,13 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from jevons import __version__
-from jevons.config import ModelConfig, preset
+from jevons.config import ModelConfig
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
@@ -28,24 +27,29 @@ from jevons.model.precision import fp8_settings, set_training_precision
 from jevons.numerics.peak import peak_flops
 from jevons.plan import count_parameters, dollars
 from jevons.plan.counts import PlanError
-from jevons.plan.fits import check_fits, training_memory
-from jevons.plan.price import UTILISATION, Options, price_recipe
+from jevons.plan.fit import check_fits, table_config, training_bytes
+from jevons.plan.price import UTILISATION, Options, plan_line, price_recipe
 from jevons.reason.evaluate import evaluate
 from jevons.reason.grpo import GRPO
 from jevons.reason.report import write_report
+from jevons.reason.teach import distil, new_student, sample_traces
 from jevons.reason.tensorboard import write_tensorboard
-from jevons.recipe import EvalStage, GRPOStage, PretrainStage, Recipe
+from jevons.recipe import DistilStage, EvalStage, GRPOStage, PretrainStage, Recipe, SFTStage
+from jevons.recipe.stages import TrainedStage
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import is_complete, load_checkpoint, read_provenance, save_checkpoint
 from jevons.store.files import write_text
 from jevons.store.run_dir import MetricsLog, RunDir
 from jevons.tasks.base import Task
 from jevons.tasks.registry import load_task, portable_name
+from jevons.train.ema import Averaged
 from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
 from jevons.train.pretrain import Pretrain
+from jevons.train.sft import SFT, answers, read_conversations
 
 BEGIN = "begin.json"
+EMA = "ema"  # the averaged weights' checkpoint, within the stage's directory
 LEAST_PROMPT = 128  # tokens of room that rollouts leave for a prompt beside max_tokens; twice the longest of PROBED if more
 PROBED = 64
 
@@ -73,6 +77,7 @@ class Run:
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
         compute = recipe.precision.compute  # beside FP8 projections the machine's own precision
         self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(compute, self.runtime.dtype)
+        self._examples: dict[int, int] = {}  # of every SFT stage
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
@@ -105,18 +110,25 @@ class Run:
     def _check(self) -> None:
         """Raises ValueError for what could only fail later, with the directory already begun."""
         recipe = self.recipe
+        config = ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config()
+        ranks, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # torchrun's
+        memory = self.runtime.gpu_memory_gib if self.runtime.device == "cuda" else self.runtime.memory_gib
+        if memory:  # a machine that does not say has enough
+            devices = ranks if self.runtime.device == "cuda" else max(1, ranks // here)
+            check_fits(recipe, memory * 2**30, devices, lambda: plan_line(recipe), self.runtime.threads)
         for index, stage in enumerate(recipe.stages):
+            if isinstance(stage, SFTStage):
+                self._examples[index] = sum(answers(read_conversations(path)) for path in stage.data)
+                if stage.examples not in (None, self._examples[index]):
+                    raise ValueError(f"stage {recipe.stage_name(index)}: examples is {stage.examples}, and "
+                                     f"{', '.join(stage.data)} holds {self._examples[index]}")
             if isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
-        config = ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config()
         if not recipe.model.from_dir and config.vocab_size < recipe.tokenizer.vocab_size:
             raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
                              f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
-        memory = self.runtime.gpu_memory_gib if self.runtime.device == "cuda" else self.runtime.memory_gib
-        machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
-        check_fits(recipe, config, memory or 0.0, torch.get_num_threads(), max(1, machines))
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -125,6 +137,10 @@ class Run:
         directory = self.dir.stage(index, name)
         self._load_model(index)
         self._begin(directory)
+        if isinstance(stage, DistilStage):
+            self._take_student(index, stage, directory)
+        elif isinstance(stage, PretrainStage) and stage.context:
+            self._take_context(self.model.config.with_context(stage.context, stage.yarn_factor))
         self.observer.on_model(self.model, self.tokenizer, f"{self.recipe.name}-{name}")
         if isinstance(stage, EvalStage):
             self._evaluate(index, stage, directory)
@@ -154,15 +170,17 @@ class Run:
             return {"kind": "note", "stage": self.recipe.stage_name(index), "text": f"there is no plan to compare with: {error}"}
         seconds = priced["flops"] / (self._peak * UTILISATION)
         return {"kind": "plan", "stage": self.recipe.stage_name(index), "tokens": priced["tokens"], "flops": priced["flops"],
-                "memory": asdict(training_memory(self.model.config, stage, torch.get_num_threads())),
+                "memory": training_bytes(self.model.config, stage, threads=torch.get_num_threads()),
                 "utilisation": UTILISATION, "time.peak_flops": self._peak, "time.planned_seconds": seconds,
                 "time.planned_dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)}
 
-    def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
+    def _train(self, index: int, stage: TrainedStage, directory: Path) -> None:
         name, recipe = self.recipe.stage_name(index), self.recipe.precision
         fp8 = fp8_settings(recipe)
         set_training_precision(self.model, fp8)  # before a reference policy is copied from it
-        objective = self._objective(stage)
+        objective = self._objective(stage, directory)
+        if stage.ema_decay:
+            objective = Averaged(objective, self.model, stage.ema_decay)
         self._peak = self._peak or peak_flops(self.runtime, self.dtype)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
@@ -173,23 +191,33 @@ class Run:
         if done == 0:
             self._from_the_start(directory, name)
             self.log.append(self._plan(index))
+            for note in objective.opening():
+                self.log.append({"kind": "note", "stage": name, "text": note})
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
         best = loop.states.restore_best() if self.recipe.guard.use_best else None
-        save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
+        provenance = self._provenance(index, {
             "steps": progress.step, "weights_of_step": best or progress.step, "tokens": progress.tokens,
-            "time.seconds": progress.seconds,
-            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)}))
+            "time.seconds": progress.seconds, "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)})
+        if isinstance(objective, Averaged):  # first: the stage is complete with its own checkpoint
+            with objective.applied():
+                save_checkpoint(directory / EMA, self.model, self.tokenizer, provenance | {"ema_decay": objective.decay})
+        save_checkpoint(directory, self.model, self.tokenizer, provenance)
         shutil.rmtree(directory / "train_state", ignore_errors=True)
 
-    def _objective(self, stage: PretrainStage | GRPOStage) -> Objective:
+    def _objective(self, stage: TrainedStage, directory: Path) -> Objective:
+        seed = self.recipe.seed
         if isinstance(stage, PretrainStage):
-            return Pretrain(self.model, self.tokenizer, self.task, stage, self.recipe.seed)
+            return Pretrain(self.model, self.tokenizer, self.task, stage, seed)
+        if isinstance(stage, SFTStage):
+            return SFT.of(self.model, self.tokenizer, stage, seed)
+        if isinstance(stage, DistilStage):
+            return distil(self._teacher, self.model, self.tokenizer, directory, stage, seed)
         sequences, rng, render = stage.problems * stage.group_size, random.Random("prompt lengths"), self.tokenizer.renderer()
         prompt = max(LEAST_PROMPT, *(2 * len(render.question(self.task.sample(rng).prompt)) for _ in range(PROBED)))
         engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
                         max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + prompt))
-        objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
+        objective = GRPO(self.model, self.tokenizer, self.task, stage, seed, engine)
         objective.dtype = self.dtype
         return objective
 
@@ -198,12 +226,15 @@ class Run:
         name, records = self.recipe.stage_name(index), []
         self._from_the_start(directory, name)
         sources = {"base": Path(self.recipe.model.from_dir)} if self.recipe.model.from_dir else {}
-        sources |= {self.recipe.stage_name(i): self._checkpoint(i) for i in self._trained(index)}
+        for i in self._trained(index):
+            sources[self.recipe.stage_name(i)] = self._checkpoint(i)
+            if self.recipe.stages[i].ema_decay:
+                sources[f"{self.recipe.stage_name(i)}, averaged"] = self._checkpoint(i) / EMA
         self.observer.on_stage(name, 0, len(sources))
         for count, (which, source) in enumerate(sources.items()):
             began = time.monotonic()
-            model = load_checkpoint(source, device=self.runtime.device).model
-            result, _ = evaluate(model, self.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens,
+            loaded = load_checkpoint(source, device=self.runtime.device)  # a student may have a tokenizer of its own
+            result, _ = evaluate(loaded.model, loaded.tokenizer, self.task, stage.n, stage.seed, stage.max_tokens,
                                  on_step=lambda: self._check_stop(name))
             seconds = time.monotonic() - began
             records.append({"kind": "eval", "stage": name, "name": which,
@@ -255,7 +286,28 @@ class Run:
 
     def _config(self) -> ModelConfig:
         """Of the preset; its bos and eos are 0 and 1, which `train_tokenizer` gives them too."""
-        return preset(self.recipe.model.preset, **({"vocab_size": self.recipe.tokenizer.vocab_size} | self.recipe.model.set))
+        return table_config(self.recipe.model, self.recipe.tokenizer.vocab_size)
+
+    def _take_context(self, config: ModelConfig) -> None:
+        """The same weights with another reach: rotary table and softmax scale follow from the config."""
+        if config != self.model.config:
+            model = build_model(config, device=self.model.embed_tokens.weight.device)
+            model.load_state_dict(self.model.state_dict())
+            self.model = model
+
+    def _take_student(self, index: int, stage: DistilStage, directory: Path) -> None:
+        """The model at hand teaches (or the stage's `teacher`); from here on the student is the model at hand."""
+        name, teacher, tokenizer = self.recipe.stage_name(index), self.model, self.tokenizer
+        if stage.teacher:
+            stages = {self.recipe.stage_name(i): i for i in self._trained(index)}
+            source = self._checkpoint(stages[stage.teacher]) if stage.teacher in stages else stage.teacher
+            loaded = load_checkpoint(source, dtype=torch.float32)
+            teacher, tokenizer = loaded.model, loaded.tokenizer
+        self.model, self.tokenizer = new_student(stage, teacher, tokenizer, self.recipe.seed)
+        self._teacher = teacher
+        self.observer.on_stage(f"{name}: answers", 0, 1)
+        sample_traces(teacher, tokenizer, self.task, stage, self.recipe.seed, directory, lambda: self._check_stop(name),
+                      lambda done, of: self.observer.on_step({"stage": name, "step": done / of}, 1))
 
     def _train_tokenizer(self) -> Tokenizer:
         rng = random.Random(f"tokenizer {self.recipe.seed}")
@@ -275,9 +327,19 @@ class Run:
         parameters = count_parameters(self.model.config)
         stages = []
         for i, stage in enumerate(self.recipe.stages):
-            budget = {"pretrain": lambda s: max(1, round(s.tokens / s.batch_tokens)), "grpo": lambda s: s.steps}.get(stage.kind)
-            stages.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "unit": "steps" if budget else "problems",
-                           "budget": budget(stage) if budget else stage.n})
+            match stage:
+                case PretrainStage():
+                    budget = stage.timeline.steps
+                case SFTStage():
+                    budget = stage.steps(self._examples[i])
+                case DistilStage():
+                    budget = stage.steps(stage.problems * stage.samples)  # fewer where answers are left out
+                case GRPOStage():
+                    budget = stage.steps
+                case EvalStage():
+                    budget = stage.n
+            stages.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "budget": budget,
+                           "unit": "problems" if isinstance(stage, EvalStage) else "steps"})
         return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": stages,
                 "parameters": parameters.total + parameters.mtp, "active_parameters": parameters.active,
                 "dollars_per_hour": self.recipe.cost.dollars_per_hour, "task": self.recipe.task.name, "taught": self.taught(),

@@ -8,21 +8,24 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from jevons.recipe.finetune import DistilStage, FinetuneStage, SFTStage
 from jevons.recipe.guard import GuardTable
 from jevons.recipe.precision import PrecisionTable
-from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage, Stage
-from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, Table, TaskTable, TokenizerTable
+from jevons.recipe.schedule import SCHEDULED, TAGS, Phase
+from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage
+from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, PlanTable, Table, TaskTable, TokenizerTable
 
 __all__ = [
-    "RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "GuardTable", "ModelTable", "OptimizerTable", "PrecisionTable",
-    "PretrainStage", "Recipe", "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe",
-    "parse_recipe",
+    "RECIPE_DIR", "CostTable", "DistilStage", "EvalStage", "FinetuneStage", "GRPOStage", "GuardTable", "ModelTable",
+    "OptimizerTable", "Phase", "PlanTable", "PrecisionTable", "PretrainStage", "Recipe", "RecipeError", "SFTStage", "Stage",
+    "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe",
 ]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
+Stage = Annotated[PretrainStage | SFTStage | DistilStage | GRPOStage | EvalStage, Field(discriminator="kind")]
 
 
 class RecipeError(ValueError):
@@ -39,6 +42,7 @@ class Recipe(Table):
     cost: CostTable = CostTable()
     guard: GuardTable = GuardTable()
     precision: PrecisionTable = PrecisionTable()
+    plan: PlanTable = PlanTable()
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -60,8 +64,9 @@ class Recipe(Table):
 
 
 _TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
-           "guard": GuardTable, "precision": PrecisionTable}
-_KINDS = {"pretrain": PretrainStage, "grpo": GRPOStage, "eval": EvalStage}
+           "guard": GuardTable, "plan": PlanTable, "precision": PrecisionTable,
+           "student": ModelTable} | dict.fromkeys(SCHEDULED, Phase)
+_KINDS = {"pretrain": PretrainStage, "sft": SFTStage, "distil": DistilStage, "grpo": GRPOStage, "eval": EvalStage}
 
 
 def _known_keys(table: type[BaseModel]) -> list[str]:
@@ -74,8 +79,12 @@ def _check_keys(raw: dict[str, Any], table: type[BaseModel], where: str, source:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise RecipeError(f"{source}: unknown key `{where}{key}`; the nearest known key is `{where}{near}`")
-        if key in _TABLES and isinstance(value, dict):
-            _check_keys(value, _TABLES[key], f"{where}{key}.", source)
+        inner = {f"{key}.": value} if isinstance(value, dict) else {}
+        if isinstance(value, list):
+            inner = {f"{key}[{i}].": item for i, item in enumerate(value) if isinstance(item, dict)}
+        for name, item in inner.items():
+            if key in _TABLES:
+                _check_keys(item, _TABLES[key], f"{where}{name}", source)
 
 
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:
@@ -97,7 +106,7 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         return Recipe(**raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in _KINDS)
+        where = ".".join(str(part) for part in first["loc"] if part not in (*_KINDS, *TAGS))
         value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
         raise RecipeError(f"{source}: `{where}`{value}: {first['msg']}") from None
 
@@ -136,4 +145,4 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
     file, colon, kind = recipe.task.name.rpartition(":")
     if file.endswith(".py"):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"name": beside(file) + colon + kind})})
-    return recipe, text
+    return recipe.model_copy(update={"stages": [stage.beside(beside) for stage in recipe.stages]}), text

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jevons.recipe.schedule import scheduled
+
 
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -66,5 +68,28 @@ class OptimizerTable(Table):
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: scheduled(Literal["constant", "linear", "cosine"]) = "linear"  # or phases, their values AdamW's rate
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _phases_end_themselves(self) -> OptimizerTable:
+        if isinstance(self.schedule, tuple) and self.final_lr_fraction:
+            raise ValueError("final_lr_fraction does nothing beside phases; the last phase's `to` is the final rate")
+        return self
+
+
+class PlanTable(Table):
+    """`[plan]`: the machine and layout that `jevons plan` prices the recipe on; the command's own options go before it."""
+
+    gpu: str | None = None
+    gpus: int | None = None
+    price: float | None = Field(None, description="dollars an hour and GPU")
+    utilisation: float | None = None
+    tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    schedule: str | None = None
+    micro_batches: int | None = None
+    zero: int | None = None
+    recompute: str | None = None
+    train_in: str | None = None

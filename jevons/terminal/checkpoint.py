@@ -169,7 +169,7 @@ def open_checkpoint(checkpoint: Path, weights: str | None = None, device: str = 
     """For answering, not for training. A large one, or one in FP8, stays in its files' memory map as it is stored; a small
     one is copied: stacked experts and fused projections run faster than views. Either is then moved into huge pages, where that
     takes at most half of the free memory. `weights` packs it. On a GPU it is copied, as bf16 where it is not FP8; `gpu_experts`
-    (GiB) leaves the routed experts in RAM. Raises ValueError where it names no packing, or one that the device has nothing for."""
+    (GiB) leaves the routed experts in RAM. Raises ValueError for an unknown packing, or one that the device has nothing for."""
     from jevons.model.offload import place, watch_mapped
     from jevons.model.pack import check_kind, pack, settle
     from jevons.runtime import Runtime, available_bytes

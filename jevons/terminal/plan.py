@@ -82,8 +82,10 @@ def sections(plan: dict[str, Any]) -> list[Section]:
         ["cost", money(t["dollars"])]], machines + (", MTP not counted" if p["mtp"] else "")))
     if plan["kind"] == "recipe":
         stages = [*plan["stages"], {"stage": "in all"} | plan["total"]]
-        out[-1] = Section(f"Recipe {plan['recipe']}", ["stage", "tokens", "FLOPs", "time", "cost"], [
-            [s["stage"], short(s["tokens"]), short(s["flops"], "FLOP"), duration(s["seconds"] / 86400), money(s["dollars"])]
+        out[-1] = Section(f"Recipe {plan['recipe']}", ["stage", "tokens", "FLOPs", "GPU hours", "time", "cost"], [
+            [s["stage"], short(s["tokens"]), short(s["flops"], "FLOP"),
+             f"{s['gpu_hours']:,.0f}" if s["gpu_hours"] >= 1000 else f"{s['gpu_hours']:.3g}", duration(s["seconds"] / 86400),
+             money(s["dollars"])]
             for s in stages], f"every answer at its limit; {machines}")
     out.append(Section("Serving: bounds that no program passes", [
         "hardware", "n", "users", "alone", "memory", "compute", "$/M out", "$/M in"], [

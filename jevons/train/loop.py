@@ -24,7 +24,8 @@ from jevons.store.run_dir import MetricsLog
 from jevons.train.cost import Meter
 from jevons.train.guard import Guard, TrainingDiverged, describe_batch
 from jevons.train.objective import LossParts, Objective
-from jevons.train.optim import build_optimizers, lr_factor
+from jevons.train.optim import build_optimizers
+from jevons.train.schedule import lr_factor
 from jevons.train.state import Progress, States
 
 __all__ = ["Interrupted", "Loop", "LoopSettings", "Progress", "TrainingDiverged"]
@@ -124,9 +125,12 @@ class Loop:
             self.states.save(wait=True)
         raise Interrupted(f"stopped after step {step} of {self.objective.steps}; the state is saved")
 
+    def _lr_factor(self) -> float:
+        return lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer, self.objective.timeline)
+
     def _step(self) -> StepResult:
-        table, data_step = self.settings.optimizer, self.progress.step + self.progress.passed_over
-        result = StepResult(lr=table.lr * lr_factor(self.progress.step, self.objective.steps, table))
+        data_step = self.progress.step + self.progress.passed_over
+        result = StepResult(lr=self.settings.optimizer.lr * self._lr_factor())
         self._result = result
         for index, update in enumerate(self.objective.next_batch(data_step)):
             load: torch.Tensor | None = None
@@ -187,7 +191,7 @@ class Loop:
         why = self.guard.judge(result.grad_norm, loss)
         if why is None:
             result.changed = True
-            factor = lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer)
+            factor = self._lr_factor()
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * factor

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from jevons.data.packing import Batch
+from jevons.data.packing import Batch, Document, pack
 from jevons.model import CausalLM, TrainOutput
 from jevons.numerics import fused, linear
 from jevons.plan import training_flops
+from jevons.recipe.schedule import Phases, Timeline, value_at
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Objective:
     watch_loss = False  # a loss far over its median marks a bad batch: for cross-entropies over much data
     score = ("loss", -1)  # what the best state is chosen by, and which sign makes more of it better
     interrupt: Callable[[], None] = staticmethod(lambda: None)  # the loop's; to be called within long work of `next_batch`
+    timeline: Timeline | None = None  # the tokens of every step, where they are known beforehand
 
     def next_batch(self, step: int) -> list[list[Any]]:
         raise NotImplementedError
@@ -60,7 +62,9 @@ class Objective:
         if positions_N is None or not bool((positions_N >= 0).any()):
             return 0.0
         context = (positions_N[positions_N >= 0] + 1).double()  # tokens that each token attends to
-        mtp = bool(self.model.mtp) and getattr(getattr(self, "stage", None), "mtp_weight", 1.0) > 0
+        weight = getattr(self, "_mtp_weight", None)  # of this step
+        weight = getattr(getattr(self, "stage", None), "mtp_weight", 1.0) if weight is None else weight
+        mtp = bool(self.model.mtp) and weight > 0
         return training_flops(self.model.config, context.numel(), 2 * float(context.mean()) - 1, mtp)
 
     def sampling_flops(self) -> float:
@@ -74,12 +78,64 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
+    def opening(self) -> list[str]:
+        """Notes for the log, once, when the stage begins."""
+        return []
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Tensors that resuming needs (a reference policy)."""
         return {}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         pass
+
+
+class TokenObjective(Objective):
+    """Next-token, MTP and balance loss on packed rows: one update a step. `_mtp_weight` and `_bias_speed` are those of the step
+    at hand, set by `at_step`."""
+
+    model: CausalLM
+
+    def at_step(self, step: int, mtp_weight: float | Phases, bias_update_speed: float | Phases) -> None:
+        """Take both schedules' values for `step`; a skipped update leaves no load."""
+        def value(schedule: float | Phases) -> float:
+            return self.timeline.value(schedule, step) if self.timeline else value_at(schedule, step, self.steps)
+
+        self._mtp_weight, self._bias_speed = value(mtp_weight), value(bias_update_speed)
+        self._load: torch.Tensor | None = None
+
+    def loss(self, batch: Batch) -> LossParts:
+        out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=self._mtp_weight > 0)
+        main, sums = self.main_loss(batch, out)
+        second = mtp_loss(self.model, out, batch) if out.mtp_hidden_ND is not None else main.new_zeros(())
+        loss = main + self._mtp_weight * second + self.model.config.aux_loss_alpha * out.balance_loss
+        sums |= {"mtp_loss": second.item(), "balance_loss": out.balance_loss.item()}
+        sums = {key: value * batch.share for key, value in sums.items()}
+        return LossParts(loss * batch.share, sums | {"tokens": batch.tokens}, out.load_RE)
+
+    def main_loss(self, batch: Batch, out: TrainOutput) -> tuple[torch.Tensor, dict[str, float]]:
+        """What the trunk learns from a micro-batch, and what is logged of it."""
+        weights = batch.weights_N
+        main = token_losses(self.model, out.hidden_ND, batch.targets_N, weights) / weights.sum()
+        return main, {"loss": main.item()}
+
+    def after_update(self, load_RE: torch.Tensor | None) -> None:
+        self._load = load_RE
+        if load_RE is not None:
+            update_router_bias(self.model, load_RE, self._bias_speed)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
+        hidden = {*(() if self.model.mtp else ("mtp_loss",)), *(() if self.model.routers() else ("balance_loss",))}
+        return {key: value for key, value in sums.items() if key not in hidden} | load_metrics(self._load)
+
+
+def micro_batches(documents: Sequence[Document], count: int, pad_id: int, rows: int) -> list[Batch]:
+    """Up to `count` packed micro-batches of one update, each with its share of the update's loss weight."""
+    batches = [pack(documents[i::count], pad_id, rows) for i in range(min(count, len(documents)))]
+    total = sum(float(batch.weights_N.sum()) for batch in batches)
+    for batch in batches:
+        batch.share = float(batch.weights_N.sum()) / total
+    return batches
 
 
 def token_losses(model: CausalLM, hidden_ND: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor,
@@ -107,9 +163,10 @@ def update_router_bias(model: CausalLM, load_RE: torch.Tensor, speed: float) -> 
 
 
 def load_metrics(load_RE: torch.Tensor | None) -> dict[str, Any]:
-    """Share per expert of each router, and the worst violation max(load) / mean(load) - 1."""
+    """Share per expert of each router, its violation of balance max(load) / mean(load) - 1, and the worst of them."""
     if load_RE is None:
         return {}
     share = load_RE / load_RE.sum(-1, keepdim=True)
-    violation = (load_RE.max(-1).values / load_RE.mean(-1) - 1).max()
-    return {"expert_load": [[round(v, 4) for v in row] for row in share.tolist()], "max_violation": round(float(violation), 4)}
+    violation = (load_RE.max(-1).values / load_RE.mean(-1) - 1).tolist()
+    return {"expert_load": [[round(v, 4) for v in row] for row in share.tolist()],
+            "violation": [round(v, 4) for v in violation], "max_violation": round(max(violation), 4)}

@@ -110,17 +110,6 @@ def build_optimizers(model: nn.Module, table: OptimizerTable, moments: str = "fl
     return optimizers
 
 
-def lr_factor(step: int, steps: int, table: OptimizerTable) -> float:
-    """The schedule as a factor of the base rate for update `step` of `steps`, both counted from 0."""
-    if step < table.warmup_steps:
-        return (step + 1) / table.warmup_steps
-    if table.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - table.warmup_steps) / max(1, steps - table.warmup_steps))
-    shape = 1 - progress if table.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return table.final_lr_fraction + (1 - table.final_lr_fraction) * shape
-
-
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Every optimizer's state by parameter name, for the train state: `optimizer.0.lm_head.weight.exp_avg`, ..."""
     names = {p: name for name, p in model.named_parameters()}
