@@ -248,7 +248,7 @@ def test_gradients_against_a_dense_reference_in_float64(cache, grouped):
     offs = torch.tensor([50, 50, 170, 300], dtype=torch.int32) if grouped else None
     x = torch.randn(300, 2 * k if swiglu else k, requires_grad=True)
     w = torch.randn(*([4] if grouped else []), n, k, requires_grad=True)
-    for backend in (None, BLOCKWISE):
+    for backend in (None, BLOCKWISE, LIMITED):
         y = fp8_linear(x, w, None, Fp8(cache=cache, backend=backend), offs, swiglu)
         grad = torch.randn_like(y)
         got = torch.autograd.grad(y, (x, w), grad)
