@@ -12,11 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from jevons.recipe.data import DataTable, SourceTable
 from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage, Stage
 from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, Table, TaskTable, TokenizerTable
 
-__all__ = ["RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "ModelTable", "OptimizerTable", "PretrainStage", "Recipe",
-           "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["RECIPE_DIR", "CostTable", "DataTable", "EvalStage", "GRPOStage", "ModelTable", "OptimizerTable", "PretrainStage",
+           "Recipe", "RecipeError", "SourceTable", "Stage", "TaskTable", "TokenizerTable", "find_recipe",
+           "load_recipe", "parse_recipe"]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -29,16 +31,29 @@ class Recipe(Table):
     description: str = ""
     seed: int = 0
     model: ModelTable
-    task: TaskTable = TaskTable()
+    task: TaskTable | None = None
+    data: DataTable | None = None
     tokenizer: TokenizerTable = TokenizerTable()
     cost: CostTable = CostTable()
     stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task(cls, values: Any) -> Any:
+        """The task is Countdown where the recipe says nothing; one that pretrains on text alone has none."""
+        if isinstance(values, dict) and "data" not in values:
+            return {"task": {}} | values
+        return values
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         names = [self.stage_name(i) for i in range(len(self.stages))]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names {names} are not distinct; give each stage its own `name`")
+        if self.task is None and (needing := [s.kind for s in self.stages if s.kind in ("grpo", "eval")]):
+            raise ValueError(f"the {needing[0]} stage needs a [task]; [data] is read by pretrain stages only")
+        if self.data and not any(stage.kind == "pretrain" for stage in self.stages):
+            raise ValueError("[data] is read by pretrain stages, and there is none; leave it out")
         if self.model.from_dir and self.stages[0].kind == "eval":
             return self
         if not self.model.from_dir and self.stages[0].kind != "pretrain":
@@ -49,7 +64,8 @@ class Recipe(Table):
         return self.stages[index].name or self.stages[index].kind
 
 
-_TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable}
+_TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
+           "data": DataTable, "sources": SourceTable, "validation": SourceTable}
 _KINDS = {"pretrain": PretrainStage, "grpo": GRPOStage, "eval": EvalStage}
 
 
@@ -63,8 +79,12 @@ def _check_keys(raw: dict[str, Any], table: type[BaseModel], where: str, source:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise RecipeError(f"{source}: unknown key `{where}{key}`; the nearest known key is `{where}{near}`")
-        if key in _TABLES and isinstance(value, dict):
-            _check_keys(value, _TABLES[key], f"{where}{key}.", source)
+        inner = {f"{key}.": value} if isinstance(value, dict) else {}
+        if isinstance(value, list):
+            inner = {f"{key}[{i}].": item for i, item in enumerate(value) if isinstance(item, dict)}
+        for name, item in inner.items():
+            if key in _TABLES:
+                _check_keys(item, _TABLES[key], f"{where}{name}", source)
 
 
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:
@@ -108,7 +128,8 @@ def find_recipe(name_or_path: str) -> Path:
 def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
     """A recipe by name or path, and its text (a run keeps the text, and refuses to resume under another one).
 
-    A relative `[model] from` or `[task] name = "file.py:Class"` that is not found here is looked for beside the recipe.
+    A relative `[model] from`, `[task] name = "file.py:Class"` or `[data]` path that is not found here is looked for beside
+    the recipe.
     """
     path = find_recipe(name_or_path)
     try:
@@ -122,7 +143,12 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
 
     if recipe.model.from_dir:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"from_dir": beside(recipe.model.from_dir)})})
-    file, colon, kind = recipe.task.name.rpartition(":")
+    if recipe.data:
+        places = recipe.data.model_dump()
+        for source in [*places["sources"], *(places["validation"] if isinstance(places["validation"], list) else [])]:
+            source["path"] = beside(source["path"])
+        recipe = recipe.model_copy(update={"data": DataTable(**places)})
+    file, colon, kind = recipe.task.name.rpartition(":") if recipe.task else ("", "", "")
     if file.endswith(".py"):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"name": beside(file) + colon + kind})})
     return recipe, text
