@@ -10,13 +10,29 @@ from pathlib import Path
 
 from jevons.data.packing import Document
 from jevons.data.shards import INDEX, Shards, build_shards
-from jevons.data.sources import DataError, find_files
+from jevons.data.sources import HUB, DataError, find_files
 from jevons.data.stream import Part, Stream, key_of
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
-from jevons.recipe import DataTable, SourceTable
+from jevons.recipe import DataTable, PretrainStage, SourceTable
 
 TRAIN_CHARACTERS = 2**26  # of all sources together, at most, train a tokenizer
 OnProgress = Callable[[str, int, int, int], None]  # which source, bytes read, of how many, tokens so far
+
+
+def check_rows(stage: PretrainStage, table: DataTable, where: str) -> None:
+    """Raises ValueError for batches that are not whole rows."""
+    for key in ("batch_tokens", "micro_batch_tokens"):
+        value = getattr(stage, key)
+        if value is not None and value % table.seq_len:
+            raise ValueError(f"{where}: {key} is {value}, no multiple of data.seq_len {table.seq_len}; "
+                             f"{max(1, round(value / table.seq_len)) * table.seq_len} would be right")
+
+
+def check_sources(table: DataTable) -> None:
+    """Raises DataError for a source that does not exist here; what lies on a hub is asked for later."""
+    for source in [*table.sources, *(table.validation if isinstance(table.validation, list) else [])]:
+        if not source.path.startswith(HUB) and not is_shards(source):
+            find_files(source)
 
 
 def is_shards(source: SourceTable) -> bool:
@@ -59,7 +75,7 @@ def open_data(table: DataTable, tokenizer: Tokenizer, directory: Path, seed: int
     Sources that are not shards yet are tokenised below `directory`. Raises DataError.
     """
     if table.fim_rate and tokenizer.fim_ids is None:
-        raise DataError(f"data.fim_rate is {table.fim_rate}, and the tokenizer lacks DeepSeek's three fim tokens; 0 would be right")
+        raise DataError(f"data.fim_rate is {table.fim_rate}, but the tokenizer has no fim tokens; 0 would be right")
 
     def shards_of(source: SourceTable, name: str) -> Shards:
         if is_shards(source):

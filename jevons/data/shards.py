@@ -29,6 +29,7 @@ from jevons.recipe import SourceTable
 INDEX, FORMAT = "index.json", 1
 BATCH = 2**18  # characters that a worker takes at a time
 MOST_PIECES = 1024  # and texts
+PROGRESS = 2**17  # bytes of a file between two calls
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens so far
 
 
@@ -49,7 +50,8 @@ def build_shards(sources: Sequence[SourceTable], tokenizer: Tokenizer, directory
             index = _read_index(directory)
             _check_same(directory, index, head)
         else:
-            foreign = sorted(p.name for p in directory.iterdir() if p.name != "lock")
+            own = ("lock", "download", "tokenizer.json", "tokenizer_config.json", f"{INDEX}.tmp")  # a killed process left them
+            foreign = sorted(p.name for p in directory.iterdir() if p.name not in own)
             if foreign:
                 raise DataError(f"{directory} holds {foreign[0]!r} but no {INDEX}, so it is no shards'; give another directory")
             index = head | {"shards": [], "empty": 0, "complete": False}
@@ -65,7 +67,7 @@ def _build(directory: Path, index: dict[str, Any], files: list[File], tokenizer:
     at, skip = index["shards"][-1]["next"] if index["shards"] else (0, 0)
     before, total = sum(f.size for f in files[:at]), sum(f.size for f in files)
     done = sum(shard["tokens"] for shard in index["shards"])
-    shard = _Unfinished(directory, len(index["shards"]), index["dtype"])
+    shard, said = _Unfinished(directory, len(index["shards"]), index["dtype"]), 0
     try:
         for number, file in enumerate(files[at:], at):
             documents = 0
@@ -78,8 +80,10 @@ def _build(directory: Path, index: dict[str, Any], files: list[File], tokenizer:
                     done += shard.tokens
                     _finish(directory, index, shard, [number, skip + documents])
                     shard = _Unfinished(directory, len(index["shards"]), index["dtype"])
-                on_progress(before + piece.read, total, done + shard.tokens)
-            before, skip = before + file.size, 0
+                if piece.read - said >= PROGRESS or piece.read == file.size:
+                    said = piece.read
+                    on_progress(before + said, total, done + shard.tokens)
+            before, skip, said = before + file.size, 0, 0
         if shard.tokens:
             _finish(directory, index, shard, [len(files), 0])
     finally:

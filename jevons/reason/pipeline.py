@@ -19,6 +19,7 @@ import torch
 
 from jevons import __version__
 from jevons.config import ModelConfig, preset
+from jevons.data.prepare import check_rows, check_sources, open_data, tokenizer_for
 from jevons.data.tokenizer import Tokenizer, train_tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM, build_model
@@ -63,7 +64,7 @@ class Run:
         self.recipe, self.text, self.observer = recipe, text, observer
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
-        self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        self.task: Task | None = load_task(recipe.task.name, recipe.task.args) if recipe.task else None
         self._check()
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
@@ -96,10 +97,14 @@ class Run:
         """Raises ValueError for what could only fail later, with the directory already begun."""
         recipe = self.recipe
         for index, stage in enumerate(recipe.stages):
-            if isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
+            if isinstance(stage, PretrainStage) and recipe.data:
+                check_rows(stage, recipe.data, f"stage {recipe.stage_name(index)}")
+            elif isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
+        if recipe.data:
+            check_sources(recipe.data)
         if recipe.model.from_dir:
             ModelConfig.load(recipe.model.from_dir)
         elif (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
@@ -148,12 +153,12 @@ class Run:
         progress = loop.run()
         save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
             "steps": progress.step, "tokens": progress.tokens, "time.seconds": progress.seconds,
-            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)}))
+            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)} | objective.scores()))
         shutil.rmtree(directory / "train_state", ignore_errors=True)
 
     def _objective(self, stage: PretrainStage | GRPOStage) -> Objective:
         if isinstance(stage, PretrainStage):
-            return Pretrain(self.model, self.tokenizer, self.task, stage, self.recipe.seed)
+            return self._pretrain(stage)
         sequences, rng, render = stage.problems * stage.group_size, random.Random("prompt lengths"), self.tokenizer.renderer()
         prompt = max(LEAST_PROMPT, *(2 * len(render.question(self.task.sample(rng).prompt)) for _ in range(PROBED)))
         engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
@@ -161,6 +166,31 @@ class Run:
         objective = GRPO(self.model, self.tokenizer, self.task, stage, self.recipe.seed, engine)
         objective.dtype = self.runtime.dtype
         return objective
+
+    def _pretrain(self, stage: PretrainStage) -> Pretrain:
+        data, seed = self.recipe.data, self.recipe.seed
+        if data is None:
+            return Pretrain(self.model, self.tokenizer, self.task, stage, seed)
+        if data.seq_len > (room := self.model.config.max_position_embeddings):
+            raise ValueError(f"data.seq_len {data.seq_len} does not fit the context of {room}; set max_position_embeddings in "
+                             "the recipe's [model] set, or make the rows shorter")
+        name, began = "", time.monotonic()
+
+        def on_progress(which: str, read: int, total: int, tokens: int) -> None:
+            nonlocal name, began
+            self._check_stop(which)
+            if which != name:
+                name, began = which, time.monotonic()
+                self.observer.on_stage(which, 0, total)
+            rate = tokens / max(1e-3, time.monotonic() - began)
+            self.observer.on_step({"stage": which, "step": read, "time.tokens_per_second": rate}, total)
+
+        stream, validation = open_data(data, self.tokenizer, self._data_dir(), seed, stage.batch_tokens // data.seq_len,
+                                       on_progress)
+        return Pretrain(self.model, self.tokenizer, self.task, stage, seed, stream, validation, data.validate_every)
+
+    def _data_dir(self) -> Path:
+        return Path(self.recipe.data.shards or self.dir.path / "data")
 
     def _evaluate(self, index: int, stage: EvalStage, directory: Path) -> None:
         """Greedy accuracy of every checkpoint so far, the recipe's own base included, on the same held-out problems."""
@@ -227,6 +257,9 @@ class Run:
         return preset(self.recipe.model.preset, **({"vocab_size": self.recipe.tokenizer.vocab_size} | self.recipe.model.set))
 
     def _train_tokenizer(self) -> Tokenizer:
+        if self.recipe.data:
+            table = self.recipe.tokenizer
+            return tokenizer_for(self.recipe.data, table.vocab_size, table.samples, self._data_dir())
         rng = random.Random(f"tokenizer {self.recipe.seed}")
 
         def texts():
@@ -249,17 +282,19 @@ class Run:
                            "budget": budget(stage) if budget else stage.n})
         return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": stages,
                 "parameters": parameters.total + parameters.mtp, "active_parameters": parameters.active,
-                "dollars_per_hour": self.recipe.cost.dollars_per_hour, "task": self.recipe.task.name, "taught": self.taught(),
+                "dollars_per_hour": self.recipe.cost.dollars_per_hour, "taught": self.taught(),
+                "task": self.recipe.task.name if self.recipe.task else None,
                 "time.unix": time.time()}
 
     def taught(self) -> str:
         """One line for people: what the model learns here."""
         describe: Callable[[], str] | None = getattr(self.task, "describe", None)
-        return describe() if describe else self.recipe.description or f"the task {self.task.name}"
+        return describe() if describe else self.recipe.description or (f"the task {self.task.name}" if self.task else "text")
 
     def _provenance(self, index: int, numbers: dict[str, Any]) -> dict[str, Any]:
+        task = self.recipe.task
         return {"jevons": __version__, "recipe": self.recipe.name, "recipe_text": self.text, "seed": self.recipe.seed,
-                "task": {"name": portable_name(self.recipe.task.name), "args": self.recipe.task.args}, "taught": self.taught(),
+                "task": {"name": portable_name(task.name), "args": task.args} if task else None, "taught": self.taught(),
                 "stage": self.recipe.stage_name(index), "torch": torch.__version__, "cpu": self.runtime.cpu} | numbers
 
     def _log_once(self, record: dict[str, Any]) -> None:

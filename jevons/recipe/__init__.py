@@ -6,6 +6,7 @@ Budgets are tokens or steps, never a clock. An unknown key is an error that name
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,43 @@ def _check_keys(raw: dict[str, Any], table: type[BaseModel], where: str, source:
                 _check_keys(item, _TABLES[key], f"{where}{name}", source)
 
 
+def _override(raw: dict[str, Any], source: str) -> None:
+    """Apply the table `[overrides]`: "data.sources.0.path" = "other.txt" sets that key, which need not be there yet."""
+    for path, value in raw.pop("overrides", {}).items():
+        *above, last = path.split(".")
+        place: Any = raw
+        try:
+            for part in above:
+                place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+            place[int(last) if isinstance(place, list) else last] = value
+        except (ValueError, IndexError, TypeError, AttributeError):
+            raise RecipeError(f"{source}: override {path!r} leads nowhere; keys and positions from 0, joined by dots, would be "
+                              "right, such as stages.0.tokens") from None
+
+
+def with_overrides(text: str, sets: list[str]) -> str:
+    """Recipe text that says `KEY=VALUE` of each too, in a last table `[overrides]`; a value that is not TOML is a string."""
+    lines = []
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {item!r}: KEY=VALUE would be right, such as stages.0.tokens=1000")
+        try:
+            if list(tomllib.loads(f"v = {value}")) != ["v"]:
+                raise ValueError
+        except ValueError:  # TOML's own error is one
+            value = json.dumps(value, ensure_ascii=False)
+        lines.append(f"{json.dumps(key.strip(), ensure_ascii=False)} = {value}\n")
+    return "".join([text.rstrip("\n"), "\n\n[overrides]\n", *lines]) if lines else text
+
+
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:
     """Parse recipe TOML. Raises RecipeError naming `source`, the key, the value and what would be right."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not TOML: {error}") from None
+    _override(raw, source)
     _check_keys(raw, Recipe, "", source)
     stages = raw.get("stages", [])
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
@@ -125,8 +157,9 @@ def find_recipe(name_or_path: str) -> Path:
     return shipped
 
 
-def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
-    """A recipe by name or path, and its text (a run keeps the text, and refuses to resume under another one).
+def load_recipe(name_or_path: str, sets: list[str] | None = None) -> tuple[Recipe, str]:
+    """A recipe by name or path with `sets` ("KEY=VALUE") in place of its own values, and its text (a run keeps the text, and
+    refuses to resume under another one).
 
     A relative `[model] from`, `[task] name = "file.py:Class"` or `[data]` path that is not found here is looked for beside
     the recipe.
@@ -136,6 +169,7 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = with_overrides(text, sets or [])
     recipe = parse_recipe(text, str(path))
 
     def beside(name: str) -> str:

@@ -45,6 +45,10 @@ class Objective:
         """Samples to show for this step; often none."""
         return []
 
+    def scores(self) -> dict[str, float]:
+        """What the finished stage's provenance says of it beside its cost; often nothing."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values that resuming needs."""
         return {}

@@ -1,21 +1,24 @@
-"""Pretraining: next-token and MTP loss on packed worked solutions of a task, generated as they are needed."""
+"""Pretraining: next-token and MTP loss on text, or on packed worked solutions of a task, generated as they are needed."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
-from jevons.data.packing import Batch, Document, Prefetcher, pack, take_documents
+from jevons.data.packing import Batch, Document, Prefetcher, pack, take_documents, weight_totals
+from jevons.data.stream import Stream
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM
 from jevons.recipe import PretrainStage
 from jevons.train.objective import LossParts, Objective, load_metrics, mtp_loss, token_losses, update_router_bias
 
 ROWS = 4  # documents a segment
+VALIDATION_TOKENS = 8192  # computed at once
 
 
 def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: float) -> Iterator[Document]:
@@ -29,45 +32,78 @@ def trace_documents(task: Any, tokenizer: Tokenizer, seed: str, prompt_weight: f
 
 
 class Pretrain(Objective):
-    """One update a step, of as many micro-batches as `batch_tokens` holds `micro_batch_tokens`."""
+    """One update a step, of as many micro-batches as `batch_tokens` holds `micro_batch_tokens`: on the stream's rows, or
+    without one on the task's traces. `validation` documents are scored every `validate_every` steps, and after the last.
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Any, stage: PretrainStage, seed: int):
+    Of `ranks` processes each gets every `ranks`-th micro-batch; there are enough for all. Shares are those of the whole
+    update, so that losses and gradients add up to one process's. Raises ValueError for a batch too small for that.
+    """
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, task: Any, stage: PretrainStage, seed: int,
+                 stream: Stream | None = None, validation: Sequence[Document] = (), validate_every: int = 100,
+                 rank: int = 0, ranks: int = 1):
         self.model, self.tokenizer, self.task, self.stage, self.seed = model, tokenizer, task, stage, seed
+        self.stream, self.validate_every, self.rank, self.ranks = stream, validate_every, rank, ranks
         self.steps = max(1, round(stage.tokens / stage.batch_tokens))
+        micros = max(1, round(stage.batch_tokens / (stage.micro_batch_tokens or stage.batch_tokens)))
+        self.micros = -(-micros // ranks) * ranks
+        if stream and stream.rows < self.micros:
+            raise ValueError(f"a batch of {stream.rows} rows does not give {self.micros} micro-batches on {ranks} processes a "
+                             "row each; a larger batch_tokens, or a smaller data.seq_len, would be right")
+        self.validated: dict[str, float] = {}
+        self._validation = sorted(validation, key=lambda d: len(d[0]))
+        self._step = 0
         self._load: torch.Tensor | None = None
         self._prefetch = Prefetcher(self._make)
 
     def _make(self, step: int) -> list[Batch]:
+        parts, totals = self._from_stream(step) if self.stream else self._from_traces(step)
+        batches = []
+        for part in filter(None, parts):
+            even = self.stream is not None and not self.stream.mask  # rows of one length make one segment
+            batch = pack(part, self.tokenizer.pad_id, len(part) if even else ROWS)
+            own = weight_totals(part)
+            batch.share, batch.mtp_share, batch.row_share = (a / max(b, 1e-8) for a, b in zip(own, totals, strict=True))
+            batches.append(batch)
+        return batches
+
+    def _from_stream(self, step: int) -> tuple[list[list[Document]], tuple[float, float, int]]:
+        first, count = step * self.stream.rows, self.stream.rows
+        sequences = self.stream.sequences(first, count, self.rank, self.ranks)
+        sizes, own = self.stream.sizes(first, count), self.micros // self.ranks
+        parts = [list(chain.from_iterable(sequences[i::own])) for i in range(own)]
+        return parts, (sum(size - 1 for size in sizes), sum(size - 2 for size in sizes), len(sizes))
+
+    def _from_traces(self, step: int) -> tuple[list[list[Document]], tuple[float, float, int]]:
         documents = trace_documents(self.task, self.tokenizer, f"pretrain {self.seed} {step}", self.stage.prompt_weight)
         chosen = take_documents(documents, self.stage.batch_tokens)
-        micros = max(1, round(self.stage.batch_tokens / (self.stage.micro_batch_tokens or self.stage.batch_tokens)))
-        unit = micros * ROWS  # full segments only: fewer distinct shapes
+        unit = self.micros * ROWS  # full segments only: fewer distinct shapes
         count = round(len(chosen) / unit) * unit or len(chosen)
         chosen = [*chosen, *islice(documents, max(0, count - len(chosen)))][:count]
         longest, room = max(len(ids) for ids, _ in chosen), self.model.config.max_position_embeddings
         if longest > room:
             raise ValueError(f"a worked solution of {longest} tokens does not fit the context of {room}; set "
                              "max_position_embeddings in the recipe's [model] set, or shorten the task's `trace`")
-        parts = [chosen[i::micros] for i in range(min(micros, count))]
-        batches = [pack(part, self.tokenizer.pad_id, ROWS) for part in parts]
-        total = sum(float(batch.weights_N.sum()) for batch in batches)
-        for batch in batches:
-            batch.share = float(batch.weights_N.sum()) / total
-        return batches
+        if count < self.ranks:
+            raise ValueError(f"a batch of {count} worked solutions does not give {self.ranks} processes one each; a larger "
+                             "batch_tokens would be right")
+        micros = min(self.micros, count // self.ranks * self.ranks)
+        return [chosen[i::micros] for i in range(self.rank, micros, self.ranks)], weight_totals(chosen)
 
     def next_batch(self, step: int) -> list[list[Batch]]:
-        self._load = None  # a skipped update leaves none
+        self._load, self._step = None, step  # a skipped update leaves no load
         return [self._prefetch.get(step)]
 
     def loss(self, batch: Batch) -> LossParts:
+        batch = batch.to(self.model.embed_tokens.weight.device)
         out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=self.stage.mtp_weight > 0)
         weights = batch.weights_N
-        main = token_losses(self.model, out.hidden_ND, batch.targets_N, weights) / weights.sum()
-        second = mtp_loss(self.model, out, batch) if out.mtp_hidden_ND is not None else main.new_zeros(())
-        loss = main + self.stage.mtp_weight * second + self.model.config.aux_loss_alpha * out.balance_loss
-        sums = {"loss": main.item(), "mtp_loss": second.item(), "balance_loss": out.balance_loss.item()}
-        sums = {key: value * batch.share for key, value in sums.items()}
-        return LossParts(loss * batch.share, sums | {"tokens": batch.tokens}, out.load_RE)
+        main = token_losses(self.model, out.hidden_ND, batch.targets_N, weights) / weights.sum() * batch.share
+        second = mtp_loss(self.model, out, batch) * batch.mtp_share if out.mtp_hidden_ND is not None else main.new_zeros(())
+        balance = out.balance_loss * batch.row_share
+        loss = main + self.stage.mtp_weight * second + self.model.config.aux_loss_alpha * balance
+        sums = {"loss": main.item(), "mtp_loss": second.item(), "balance_loss": balance.item(), "tokens": batch.tokens}
+        return LossParts(loss, sums, out.load_RE)
 
     def after_update(self, load_RE: torch.Tensor | None) -> None:
         self._load = load_RE
@@ -76,4 +112,34 @@ class Pretrain(Objective):
 
     def metrics(self, sums: dict[str, float]) -> dict[str, Any]:
         shown = ("tokens", "loss", "mtp_loss", "balance_loss") if self.model.mtp else ("tokens", "loss", "balance_loss")
+        done = self._step + 1
+        if self._validation and (done % self.validate_every == 0 or done == self.steps):
+            self.validated = self.validate()
+            return {key: sums[key] for key in shown} | load_metrics(self._load) | self.validated
         return {key: sums[key] for key in shown} | load_metrics(self._load)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean losses over the validation documents, in the parameters' own precision, and bits per byte of their text."""
+        device, pad = self.model.embed_tokens.weight.device, self.tokenizer.pad_id
+        main, second = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        at_once = max(1, VALIDATION_TOKENS // max(len(ids) for ids, _ in self._validation))
+        for first in range(0, len(self._validation), at_once):
+            batch = pack(self._validation[first : first + at_once], pad, at_once).to(device)
+            out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments)
+            main += token_losses(self.model, out.hidden_ND, batch.targets_N, batch.weights_N).double().cpu()
+            if out.mtp_hidden_ND is not None:
+                second += token_losses(self.model, out.mtp_hidden_ND, batch.mtp_targets_N, batch.mtp_weights_N).double().cpu()
+        targets, mtp_targets, _ = weight_totals(self._validation)
+        text = sum(len(self.tokenizer.decode(ids[1:], skip_special=True).encode()) for ids, _ in self._validation)
+        values = {"val_loss": main.item() / targets, "val_bits_per_byte": main.item() / math.log(2) / max(1, text)}
+        return values | ({"val_mtp_loss": second.item() / max(1, mtp_targets)} if self.model.mtp else {})
+
+    def scores(self) -> dict[str, float]:
+        return self.validated
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.validated = state.get("validated", {})
