@@ -22,7 +22,8 @@ ROUNDS = 6
 
 
 def mix(x):
-    """splitmix64's finaliser: a bijection of 64-bit numbers, Python's or an array of uint64."""
+    """One output of splitmix64: a bijection of 64-bit numbers, Python's or an array of uint64."""
+    x = x + 0x9E3779B97F4A7C15 & _64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _64
     return x ^ (x >> 31)
