@@ -263,8 +263,8 @@ def flat(batch):
     return (batch.tokens_N.tolist(), batch.positions_N.tolist(), batch.weights_N.tolist(), batch.segments)
 
 
-@pytest.mark.parametrize("mask", ["none", "document"])
-def test_ranks_micro_batches_add_up_to_one_process(corpus, tmp_path, mask, monkeypatch):
+@pytest.mark.parametrize("mask,mtp_weight", [("none", 0.3), ("document", 0.3), ("document", 0.0)])
+def test_ranks_micro_batches_add_up_to_one_process(corpus, tmp_path, mask, mtp_weight, monkeypatch):
     def grouped(a, b, offs):  # torch's own takes no float64
         starts = [0, *offs.tolist()]
         return torch.cat([a[i:j] @ b[k] for k, (i, j) in enumerate(itertools.pairwise(starts))] + [a[starts[-1]:] @ b[0] * 0])
@@ -281,13 +281,14 @@ def test_ranks_micro_batches_add_up_to_one_process(corpus, tmp_path, mask, monke
                 parts = objective.loss(batch)
                 parts.loss.backward()
                 sums.update(parts.sums)
-        return sums, [p.grad.clone() for p in model.parameters()]
+        return sums, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     step = random.randrange(100)
-    one = pretrain(corpus, stream, model=model)
+    one = pretrain(corpus, stream, model=model, mtp_weight=mtp_weight)
     whole, grads = gradients([one], step)
     for micro, ranks in ((64, 1), (256, 2), (64, 4), (128, 3)):
-        objectives = [pretrain(corpus, stream, (), r, ranks, model, micro_batch_tokens=micro) for r in range(ranks)]
+        values = dict(micro_batch_tokens=micro, mtp_weight=mtp_weight)
+        objectives = [pretrain(corpus, stream, (), r, ranks, model, **values) for r in range(ranks)]
         micros = objectives[0].micros
         assert micros == -(-256 // micro // ranks) * ranks
         single = pretrain(corpus, stream, model=model, micro_batch_tokens=micro)
@@ -298,7 +299,8 @@ def test_ranks_micro_batches_add_up_to_one_process(corpus, tmp_path, mask, monke
             assert sum(getattr(b, key) for o in objectives for b in o.next_batch(step)[0]) == pytest.approx(1, rel=1e-12)
         sums, other = gradients(objectives, step)
         for key, value in whole.items():
-            assert sums[key] == pytest.approx(value, rel=1e-6), key  # cross-entropies are float32
+            # cross-entropies are float32; the MTP router's balance counts a row's last token, which is fed the next row's first
+            assert sums[key] == pytest.approx(value, rel=5e-3 if mtp_weight and key == "balance_loss" else 1e-6), key
         for a, b in zip(grads, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max() + 1e-3))
 
