@@ -19,8 +19,11 @@ TRAIN_CHARACTERS = 2**26  # of all sources together, at most, train a tokenizer
 OnProgress = Callable[[str, int, int, int], None]  # which source, bytes read, of how many, tokens so far
 
 
-def check_rows(stage: PretrainStage, table: DataTable, where: str) -> None:
-    """Raises ValueError for batches that are not whole rows."""
+def check_rows(stage: PretrainStage, table: DataTable, where: str, context: int) -> None:
+    """Raises ValueError for rows longer than the model's context, and for batches that are not whole rows."""
+    if table.seq_len > context:
+        raise ValueError(f"data.seq_len {table.seq_len} does not fit the context of {context}; set max_position_embeddings in "
+                         "the recipe's [model] set, or make the rows shorter")
     for key in ("batch_tokens", "micro_batch_tokens"):
         value = getattr(stage, key)
         if value is not None and value % table.seq_len:

@@ -96,18 +96,18 @@ class Run:
     def _check(self) -> None:
         """Raises ValueError for what could only fail later, with the directory already begun."""
         recipe = self.recipe
+        config = ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config()
         for index, stage in enumerate(recipe.stages):
             if isinstance(stage, PretrainStage) and recipe.data:
-                check_rows(stage, recipe.data, f"stage {recipe.stage_name(index)}")
+                check_rows(stage, recipe.data, f"stage {recipe.stage_name(index)}", recipe.model.set.get(
+                    "max_position_embeddings", config.max_position_embeddings))
             elif isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
         if recipe.data:
             check_sources(recipe.data)
-        if recipe.model.from_dir:
-            ModelConfig.load(recipe.model.from_dir)
-        elif (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
+        if not recipe.model.from_dir and config.vocab_size < recipe.tokenizer.vocab_size:
             raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
                              f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
 
@@ -171,9 +171,6 @@ class Run:
         data, seed = self.recipe.data, self.recipe.seed
         if data is None:
             return Pretrain(self.model, self.tokenizer, self.task, stage, seed)
-        if data.seq_len > (room := self.model.config.max_position_embeddings):
-            raise ValueError(f"data.seq_len {data.seq_len} does not fit the context of {room}; set max_position_embeddings in "
-                             "the recipe's [model] set, or make the rows shorter")
         name, began = "", time.monotonic()
 
         def on_progress(which: str, read: int, total: int, tokens: int) -> None:

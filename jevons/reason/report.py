@@ -15,7 +15,7 @@ Line = dict[str, Any]
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 190, 50, 8, 22
 # (title, unit, [(key, label)]) by kind of stage; a curve without values is left out
 _CURVES: dict[str, list[tuple[str, str, list[tuple[str, str]]]]] = {
-    "pretrain": [("Loss", "", [("loss", "next token"), ("mtp_loss", "MTP")]),
+    "pretrain": [("Loss", "", [("loss", "next token"), ("mtp_loss", "MTP"), ("val_loss", "validation")]),
                  ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")])],
     "grpo": [("Reward and accuracy of sampled answers", "%", [("accuracy", "accuracy"), ("reward", "reward")]),
              ("Length in tokens", "", [("length_right", "right"), ("length_wrong", "wrong"), ("thinking_length", "thought")]),
