@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -153,6 +154,24 @@ def test_the_command_killed_in_a_shard_ends_with_the_same_bytes(tmp_path):
     assert code == 1 and "exactly one of --tokenizer CHECKPOINT and --train-vocab" in text.replace("\n", " ")
     code, text = jevons(*(a for a in arguments if a != "--fim"), out, log=tmp_path / "log")
     assert code == 1 and "was begun with a tokenizer of 320 ids with fim tokens" in text.replace("\n", " ")
+
+
+def small_files():
+    slow_tokenizer()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_full_disk_is_said_and_finished_shards_stay(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [some_text(9) for _ in range(90)] + [some_text(70_000)])
+    arguments = ("tokenize", tmp_path / "a.jsonl", "--train-vocab", 320, "--shard-tokens", 200, "--out", tmp_path / "out")
+    code, text = jevons(*arguments, log=tmp_path / "log", patch=small_files)
+    text = " ".join(text.split())
+    assert code == 1 and f"error: {tmp_path / 'out'} could not be written: File too large; finished shards stay" in text
+    kept = digests(tmp_path / "out")
+    assert sum(name.endswith(".bin") for name in kept) > 1 and not any(name.endswith(".tmp") for name in kept)
+    code, text = jevons(*arguments, log=tmp_path / "log")
+    now = digests(tmp_path / "out")
+    assert code == 0 and all(now[name] == kept[name] for name in kept if name != INDEX), text
 
 
 def test_what_is_refused(tmp_path, tokenizer):

@@ -134,8 +134,8 @@ def test_stopped_while_it_tokenises_it_says_so(tmp_path, whole):
 
 @pytest.mark.parametrize("old,new,message", [
     ('path = "a.txt"', 'path = "no.txt"', "no.txt does not exist; a file, folder or glob"),
-    ("batch_tokens = 256\nmicro", "batch_tokens = 250\nmicro", "batch_tokens is 250, no multiple of data.seq_len 32; 256 would be "
-     "right"),
+    ("batch_tokens = 256\nmicro", "batch_tokens = 250\nmicro", "batch_tokens is 250, no multiple of data.seq_len 32; 256 would "
+     "be right"),
     ("micro_batch_tokens = 128", "micro_batch_tokens = 100", "micro_batch_tokens is 100, no multiple of data.seq_len 32"),
     ("seq_len = 32", "seq_len = 512", "batch_tokens is 256, no multiple of data.seq_len 512; 512 would be right"),
     ('preset = "v3-nano"', 'preset = "v3-nano"\nset = { max_position_embeddings = 16 }', "data.seq_len 32 does not fit the "

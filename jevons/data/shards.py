@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,13 @@ def build_shards(sources: Sequence[SourceTable], tokenizer: Tokenizer, directory
             tokenizer.save(directory)
             _write(directory / INDEX, json.dumps(index).encode())
         if not index["complete"]:
-            _build(directory, index, files, tokenizer, workers or len(os.sched_getaffinity(0)), on_progress)
+            try:
+                _build(directory, index, files, tokenizer, workers or len(os.sched_getaffinity(0)), on_progress)
+            except OSError as error:
+                if error.filename is not None or not error.strerror:
+                    raise
+                # of a write: a full disk says no name
+                raise OSError(error.errno, f"{directory} could not be written: {error.strerror}; finished shards stay") from error
     return Shards(directory, tokenizer)
 
 
@@ -158,7 +164,8 @@ class _Unfinished:
                 "sha256": self._sha.hexdigest(), "ends_sha256": hashlib.sha256(ends).hexdigest()}
 
     def drop(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
         Path(self._file.name).unlink(missing_ok=True)
 
 

@@ -67,8 +67,12 @@ class Pretrain(Objective):
             batches.append(batch)
         return batches
 
+    def _span(self, step: int) -> tuple[int, int]:
+        """A step's first sequence, counted from the run's first, and how many it has."""
+        return step * self.stream.rows, self.stream.rows
+
     def _from_stream(self, step: int) -> tuple[list[list[Document]], tuple[float, float, int]]:
-        first, count = step * self.stream.rows, self.stream.rows
+        first, count = self._span(step)
         sequences = self.stream.sequences(first, count, self.rank, self.ranks)
         sizes, own = self.stream.sizes(first, count), self.micros // self.ranks
         parts = [list(chain.from_iterable(sequences[i::own])) for i in range(own)]
