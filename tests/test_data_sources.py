@@ -196,6 +196,29 @@ def test_a_hub_dataset_comes_one_file_at_a_time(hub, tmp_path):
     assert find_files(SourceTable(path=f"hub:{REPO}"))[0].record() != found[0].record()
 
 
+def test_shards_of_a_hub_need_it_no_more_once_they_are_whole(hub, tmp_path):
+    from jevons.data.shards import build_shards
+    from jevons.data.tokenizer import train_tokenizer
+
+    tokenizer, source = train_tokenizer(["story 0 1 2 3 4"] * 3, 288), SourceTable(path=f"hub:{REPO}")
+
+    def stop(read, total, tokens):
+        if read > total / 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        build_shards([source], tokenizer, tmp_path / "out", shard_tokens=20, on_progress=stop)
+    before = hub.asked[:]
+    shards = build_shards([source], tokenizer, tmp_path / "out", shard_tokens=20)
+    assert before[0] == "data/0.parquet" and "data/0.parquet" not in hub.asked[len(before) :]
+    text = tokenizer.decode(shards.tokens(0, shards.total).tolist(), skip_special=True)
+    assert text == "".join(f"story {part} {i}" for part in (2, 1, 0) for i in range(5))
+    assert not (tmp_path / "out" / "download").exists()
+    hub.commit, asked = "d" * 40, len(hub.revisions)
+    build_shards([source], tokenizer, tmp_path / "out", shard_tokens=20)
+    assert len(hub.revisions) == asked
+
+
 def test_what_a_hub_refuses(hub, tmp_path):
     with pytest.raises(DataError, match="hub:someone/else could not be fetched"):
         find_files(SourceTable(path="hub:someone/else"))

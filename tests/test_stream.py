@@ -245,6 +245,8 @@ def test_shards_made_before_are_a_source(corpus, tmp_path):
     assert tokenizer.fingerprint == corpus[1].fingerprint
     with pytest.raises(DataError, match=r"source-00: its tokenizer has 288 ids, and the recipe's .* vocab_size is 512"):
         tokenizer_for(DataTable(sources=sources), 512, 100, tmp_path / "unused")
+    with pytest.raises(DataError, match=r"source-00: \d+ tokens to train on are less than one row of data.seq_len 100000"):
+        open_data(DataTable(sources=sources, seq_len=100_000), corpus[1], tmp_path / "unused", 3, 8)
     plain = train_tokenizer(["sun"] * 3, 288)
     with pytest.raises(DataError, match="fim_rate is 0.1, but the tokenizer has no fim tokens"):
         open_data(DataTable(sources=sources, fim_rate=0.1), plain, tmp_path / "unused", 3, 8)

@@ -91,6 +91,8 @@ def open_data(table: DataTable, tokenizer: Tokenizer, directory: Path, seed: int
     for number, source in enumerate(table.sources):
         shards = shards_of(source, f"source-{number:02d}")
         cut = shards.total - int(shards.total * share)
+        if cut < table.seq_len:
+            raise DataError(f"{source.path}: {cut} tokens to train on are less than one row of data.seq_len {table.seq_len}")
         parts.append(Part(shards, 0, cut, table.seq_len, key_of(seed, "fim", number), table.fim_rate, tokenizer.fim_ids,
                           tokenizer.eos_id))
         if cut < shards.total:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jevons.data.sources import DataError, File, Piece, find_files
+from jevons.data.sources import HUB, DataError, File, Piece, find_files
 from jevons.data.tokenizer import Tokenizer
 from jevons.recipe import SourceTable
 
@@ -41,10 +41,15 @@ def build_shards(sources: Sequence[SourceTable], tokenizer: Tokenizer, directory
     holds something else or was made with another tokenizer or of other sources. Whatever `on_progress` raises ends it,
     finished shards kept.
     """
-    directory, files = Path(directory), [file for source in sources for file in find_files(source)]
+    directory, asked = Path(directory), [source.model_dump(exclude={"weight"}) for source in sources]
+    if (directory / INDEX).exists() and all(source.path.startswith(HUB) for source in sources):
+        index = _read_index(directory)
+        if index["complete"] and index["asked"] == asked:  # the hub need not be there any more, nor be as it was
+            return Shards(directory, tokenizer)
+    files = [file for source in sources for file in find_files(source)]
     head = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "eos_token_id": tokenizer.eos_id, "vocab_size":
             tokenizer.vocab_size, "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", "shard_tokens": shard_tokens,
-            "sources": [file.record() for file in files]}
+            "asked": asked, "sources": [file.record() for file in files]}
     with _lock(directory, lambda: on_progress(0, 1, 0)):
         if (directory / INDEX).exists():
             index = _read_index(directory)
@@ -59,7 +64,7 @@ def build_shards(sources: Sequence[SourceTable], tokenizer: Tokenizer, directory
             _write(directory / INDEX, json.dumps(index).encode())
         if not index["complete"]:
             try:
-                _build(directory, index, files, tokenizer, workers or len(os.sched_getaffinity(0)), on_progress)
+                _build(directory, index, files, tokenizer, workers or os.cpu_count() or 1, on_progress)
             except OSError as error:
                 if error.filename is not None or not error.strerror:
                     raise
