@@ -127,7 +127,7 @@ def slow_tokenizer():
 
 
 def test_the_command_killed_in_a_shard_ends_with_the_same_bytes(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [some_text(random.randint(1, 80)) for _ in range(240)])
+    write_jsonl(tmp_path / "a.jsonl", [f"sun {some_text(random.randint(1, 80))}" for _ in range(240)])
     arguments = ("tokenize", tmp_path / "a.jsonl", "--train-vocab", 320, "--fim", "--workers", 1, "--shard-tokens", 2500, "--out")
     code, text = jevons(*arguments, tmp_path / "whole", log=tmp_path / "log")
     assert code == 0, text
@@ -162,7 +162,7 @@ def small_files():
 
 
 def test_a_full_disk_is_said_and_finished_shards_stay(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [some_text(9) for _ in range(90)] + [some_text(70_000)])
+    write_jsonl(tmp_path / "a.jsonl", [f"sun {some_text(9)}" for _ in range(90)] + [some_text(70_000)])
     arguments = ("tokenize", tmp_path / "a.jsonl", "--train-vocab", 320, "--shard-tokens", 200, "--out", tmp_path / "out")
     code, text = jevons(*arguments, log=tmp_path / "log", patch=small_files)
     text = " ".join(text.split())

@@ -171,15 +171,15 @@ class Run:
         data, seed = self.recipe.data, self.recipe.seed
         if data is None:
             return Pretrain(self.model, self.tokenizer, self.task, stage, seed)
-        name, began = "", time.monotonic()
+        name, began, first = "", 0.0, 0
 
         def on_progress(which: str, read: int, total: int, tokens: int) -> None:
-            nonlocal name, began
+            nonlocal name, began, first
             self._check_stop(which)
             if which != name:
-                name, began = which, time.monotonic()
+                name, began, first = which, time.monotonic(), tokens
                 self.observer.on_stage(which, 0, total)
-            rate = tokens / max(1e-3, time.monotonic() - began)
+            rate = (tokens - first) / max(1e-3, time.monotonic() - began)
             self.observer.on_step({"stage": which, "step": read, "time.tokens_per_second": rate}, total)
 
         stream, validation = open_data(data, self.tokenizer, self._data_dir(), seed, stage.batch_tokens // data.seq_len,
