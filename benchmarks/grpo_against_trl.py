@@ -36,7 +36,7 @@ from jevons.bench.workload import tune
 from jevons.data.tokenizer import Tokenizer
 from jevons.plan import count_parameters
 from jevons.reason.grpo import GRPO
-from jevons.reason.pipeline import LEAST_PROMPT
+from jevons.reason.stages import LEAST_PROMPT
 from jevons.recipe import GRPOStage
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import load_checkpoint, read_provenance

@@ -26,6 +26,8 @@ WeightsOption = Annotated[str | None, typer.Option(
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda")]
 GpuExpertsOption = Annotated[float | None, typer.Option(
     "--gpu-experts", min=0, help="keep routed experts in RAM, and so many GiB of the hot ones on the GPU (with --device cuda)")]
+SetOption = Annotated[list[str] | None, typer.Option(
+    "--set", help="KEY=VALUE in place of the recipe's own, such as data.sources.0.path=my.txt; may be repeated")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")]
 
 
@@ -33,21 +35,44 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint directory")
 def up(recipe: Annotated[str, typer.Argument(help="recipe by name or path")] = "countdown-laptop", out: OutOption = None,
        port: PortOption = 8000, host: HostOption = "127.0.0.1",
        serve: Annotated[bool, typer.Option("--serve/--no-serve", help="serve the result afterwards")] = True,
-       device: DeviceOption = "cpu") -> None:
+       device: DeviceOption = "cpu", sets: SetOption = None) -> None:
     """Train a reasoning model here, watch it learn, then talk to it. Run again, it continues or serves at once."""
     from jevons.terminal.run import run_recipe
 
-    run_recipe(recipe, out, address=(host, port), serve_after=serve, device=device)
+    run_recipe(recipe, out, address=(host, port), serve_after=serve, device=device, sets=sets)
 
 
 @app.command()
 def run(recipe: Annotated[str, typer.Argument(help="recipe by name or path")], out: OutOption = None,
         stage: Annotated[str | None, typer.Option("--stage", help="run only this stage")] = None,
-        device: DeviceOption = "cpu") -> None:
+        device: DeviceOption = "cpu", sets: SetOption = None) -> None:
     """Run a recipe's stages, without a server. Continues where it stopped."""
     from jevons.terminal.run import run_recipe
 
-    run_recipe(recipe, out, only_stage=stage, device=device)
+    run_recipe(recipe, out, only_stage=stage, device=device, sets=sets)
+
+
+@app.command()
+def tokenize(sources: Annotated[list[str], typer.Argument(help="files, folders, globs, or hub:OWNER/NAME[@REVISION][/GLOB]")],
+             out: Annotated[Path, typer.Option("--out", help="directory of the shards")],
+             tokenizer: Annotated[Path | None, typer.Option(
+                 "--tokenizer", help="checkpoint directory whose tokenizer reads it")] = None,
+             train_vocab: Annotated[int | None, typer.Option(
+                 "--train-vocab", help="train a tokenizer of so many ids on the text instead")] = None,
+             fim: Annotated[bool, typer.Option("--fim", help="with --train-vocab: give it the tokens of data.fim_rate")] = False,
+             format: Annotated[str | None, typer.Option(
+                 "--format", help="text, jsonl or parquet (default: by the ending)")] = None,
+             key: Annotated[list[str] | None, typer.Option(
+                 "--key", help="of JSONL or parquet (default: text); several are joined by newlines")] = None,
+             separator: Annotated[str, typer.Option(
+                 "--separator", help="between documents of a text file; \\n is a newline")] = "",
+             workers: Annotated[int | None, typer.Option("--workers", min=1, help="threads (default: the cores)")] = None,
+             shard_tokens: Annotated[int, typer.Option("--shard-tokens", min=1)] = 50_000_000) -> None:
+    """Text to memory-mapped shards that recipes read. Run again, it goes on where it stopped; when whole, it checks them."""
+    from jevons.terminal.tokenize import tokenize_sources
+
+    tokenize_sources(sources, out, tokenizer, train_vocab, fim, dict(format=format, key=key or "text",
+                     separator=separator.replace("\\n", "\n")), workers, shard_tokens)
 
 
 @app.command("eval")

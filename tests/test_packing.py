@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from nets import lively, nano, plain_logits, qwen2, random_ids
 
-from jevons.data.packing import Prefetcher, align, pack, take_documents
+from jevons.data.packing import Prefetcher, align, on_device, pack, take_documents, weight_totals
 from jevons.recipe import PretrainStage
 from jevons.train.objective import mtp_loss, token_losses
 from jevons.train.pretrain import Pretrain
@@ -156,6 +156,50 @@ def test_documents_are_taken_up_to_the_budget():
     assert take_documents(iter(documents), sum(lengths)) == documents
     endless = itertools.cycle(documents)
     assert sum(len(ids) for ids, _ in take_documents(endless, 1000)) <= 1000
+
+
+def test_weights_of_documents_are_those_of_their_batch():
+    documents = random_documents(20)
+    main, second, rows = weight_totals(documents)
+    batch = pack(documents, PAD)
+    assert batch.weights_N.double().sum().item() == pytest.approx(main, rel=1e-6)
+    assert batch.mtp_weights_N.double().sum().item() == pytest.approx(second, rel=1e-6) and rows == 20
+
+
+def test_a_batch_moves_whole():
+    batch = pack(random_documents(5), PAD)
+    batch.share = 0.25
+    moved = on_device(batch, torch.device("meta"))
+    assert moved.tokens_N.device.type == moved.weights_N.device.type == moved.positions_N.device.type == "meta"
+    assert (moved.share, moved.segments, moved.order, moved.tokens) == (0.25, batch.segments, batch.order, batch.tokens)
+    assert on_device(batch, torch.device("cpu")) is batch
+
+
+@pytest.mark.parametrize("config", [nano, qwen2])
+def test_packed_documents_are_attention_under_a_block_mask(config):
+    """Documents packed as segments against one long row in float64 whose attention has the explicit mask: causal, own
+    document only, positions from 0 in each."""
+    from jevons.model import attention
+
+    model, documents = lively(config()), [(random_ids(n), [1.0] * n) for n in (7, 12, 3, 9)]
+    batch = pack(documents, PAD, 2)
+    with torch.no_grad():
+        packed = model.logits(model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=False).hidden_ND)
+    lengths = [len(documents[i][0]) for i in batch.order]
+    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    allowed = (owner[:, None] == owner) & torch.ones(31, 31, dtype=torch.bool).tril()
+
+    def masked(q_NHd, k_NHd, v_NHv, segments, scale):
+        scores = torch.einsum("qhd,khd->hqk", q_NHd.double(), k_NHd.double()) * scale
+        probs = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+        return torch.einsum("hqk,khv->qhv", probs, v_NHv.double()).float().flatten(1)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend_segments", masked)
+        row = torch.tensor([i for k in batch.order for i in documents[k][0]])
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        wanted = model.logits(model.forward_train(row, positions, [(1, 31)], mtp=False).hidden_ND)
+    torch.testing.assert_close(packed[batch.positions_N >= 0], wanted, atol=2e-4, rtol=1e-3)
 
 
 def test_the_prefetcher_changes_no_number():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -30,7 +30,9 @@ class Batch:
     segments: list[tuple[int, int]]
     order: list[int]
     tokens: int  # without padding
-    share: float = 1.0  # of its update's weights
+    share: float = 1.0  # of its update's weights, all ranks' micro-batches together
+    mtp_share: float = 1.0  # of its update's `mtp_weights`
+    row_share: float = 1.0  # of its update's rows
 
 
 def on_device(value: Any, device: torch.device) -> Any:
@@ -70,6 +72,14 @@ def pack(documents: Sequence[Document], pad_id: int, rows_per_segment: int = 8) 
     fill = (pad_id, pad_id, pad_id, 0.0, 0.0, -1)
     flat = [torch.cat([*(part[i].flatten() for part in parts), torch.full((tail,), fill[i])]) for i in range(6)]
     return Batch(*flat, segments, order, sum(len(d) for d, _ in documents))
+
+
+def weight_totals(documents: Iterable[Document]) -> tuple[float, float, int]:
+    """What `pack` makes of them: sum of `weights`, sum of `mtp_weights`, rows."""
+    main = second = rows = 0
+    for _, weights in documents:
+        main, second, rows = main + sum(weights[1:]), second + sum(weights[2:]), rows + 1
+    return main, second, rows
 
 
 def align(batch: Batch, values: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -6,6 +6,7 @@ text by one that knows them all. What `save` writes, `transformers.AutoTokenizer
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ PRETOKENIZE_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PLACEHOLDER = "<｜place▁holder▁no▁{}｜>"  # DeepSeek's name for ids that mean nothing
+FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # DeepSeek's: before prefix, suffix, middle
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SHOWN = (THINK, END_THINK)  # R1 keeps its tags when special tokens are skipped; parsers rely on it
 
@@ -76,13 +78,24 @@ class Tokenizer:
         """Token by id, special ones included."""
         return {index: token for token, index in self._full.get_vocab(with_added_tokens=True).items()}
 
+    @property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """Ids of FIM_TOKENS, if it has them."""
+        ids = tuple(index for token in FIM_TOKENS if (index := self._full.token_to_id(token)) is not None)
+        return ids if len(ids) == 3 else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers that give equal ids for every text, and the same eos."""
+        return hashlib.sha256(f"{self.eos_id} {self._plain.to_str()}".encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; the text of a special token is text like any other. Lone surrogates become `?`."""
         return self._plain.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, faster."""
-        return [e.ids for e in self._plain.encode_batch([_clean(t) for t in texts], add_special_tokens=False)]
+        return [e.ids for e in self._plain.encode_batch_fast([_clean(t) for t in texts], add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ids, special tokens as their text; `skip_special` leaves out all but `<think>` and `</think>`."""
@@ -156,11 +169,13 @@ class Tokenizer:
         return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` ids: special tokens (bos 0, eos 1, pad 2, ...), 256 bytes, merges, and
-    placeholders where the texts give fewer merges. Equal texts in equal order give an equal tokenizer.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, fim: bool = False) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` ids: special tokens (bos 0, eos 1, pad 2, ...; with `fim` those of DeepSeek
+    for it too), 256 bytes, merges, and placeholders where the texts give fewer merges. Equal texts in equal order give
+    an equal tokenizer.
     """
-    least = -(-(len(SPECIAL_TOKENS) + 256) // 32) * 32
+    tokens = (*SPECIAL_TOKENS, *FIM_TOKENS) if fim else SPECIAL_TOKENS
+    least = -(-(len(tokens) + 256) // 32) * 32
     if vocab_size < least or vocab_size % 32:
         raise TokenizerError(f"vocab_size is {vocab_size}; a multiple of 32 not under {least} would be right")
     full = tokenizers.Tokenizer(models.BPE())
@@ -171,7 +186,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ])
     full.decoder = decoders.ByteLevel()
     full.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[_added(t) for t in SPECIAL_TOKENS],
+        vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[_added(t) for t in tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     ))
     full.add_tokens([_added(PLACEHOLDER.format(i)) for i in range(vocab_size - full.get_vocab_size())])

@@ -176,7 +176,8 @@ def price_recipe(recipe: Recipe, options: Options) -> dict[str, Any]:
         forward = forward_flops(now, (row + 1) / 2)
         if isinstance(stage, PretrainStage):
             tokens = stage.tokens
-            flops = training_flops(now, tokens, options.row or stage.context or row, mtp=stage.has_mtp)
+            length = options.row or stage.context or (recipe.data.seq_len if recipe.data else row)
+            flops = training_flops(now, tokens, length, mtp=stage.has_mtp)
         elif isinstance(stage, GRPOStage):
             tokens = stage.steps * stage.problems * stage.group_size * stage.max_tokens
             flops = tokens * forward * (2 if stage.kl_beta else 1) + training_flops(now, tokens, row, mtp=stage.mtp_weight > 0)

@@ -8,8 +8,6 @@ written again, the same but for `time.*`.
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -20,17 +18,16 @@ import torch
 
 from jevons import __version__
 from jevons.config import ModelConfig
-from jevons.data.tokenizer import Tokenizer, train_tokenizer
-from jevons.engine.engine import Engine
+from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM, build_model
 from jevons.model.precision import fp8_settings, set_training_precision
 from jevons.numerics.peak import peak_flops
 from jevons.plan import count_parameters, dollars
 from jevons.plan.counts import PlanError
-from jevons.plan.fit import check_fits, table_config, training_bytes
-from jevons.plan.price import UTILISATION, Options, plan_line, price_recipe
+from jevons.plan.fit import training_bytes
+from jevons.plan.price import UTILISATION, Options, price_recipe
+from jevons.reason import stages
 from jevons.reason.evaluate import evaluate
-from jevons.reason.grpo import GRPO
 from jevons.reason.report import write_report
 from jevons.reason.teach import distil, new_student, sample_traces
 from jevons.reason.tensorboard import write_tensorboard
@@ -45,13 +42,10 @@ from jevons.tasks.registry import load_task, portable_name
 from jevons.train.ema import Averaged
 from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
-from jevons.train.pretrain import Pretrain
-from jevons.train.sft import SFT, answers, read_conversations
+from jevons.train.sft import SFT
 
 BEGIN = "begin.json"
 EMA = "ema"  # the averaged weights' checkpoint, within the stage's directory
-LEAST_PROMPT = 128  # tokens of room that rollouts leave for a prompt beside max_tokens; twice the longest of PROBED if more
-PROBED = 64
 
 
 class Observer(Protocol):
@@ -74,13 +68,13 @@ class Run:
         self.recipe, self.text, self.observer = recipe, text, observer
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
-        self.task: Task = load_task(recipe.task.name, recipe.task.args)
+        self.task: Task | None = load_task(recipe.task.name, recipe.task.args) if recipe.task else None
         compute = recipe.precision.compute  # beside FP8 projections the machine's own precision
         self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16}.get(compute, self.runtime.dtype)
-        self._examples: dict[int, int] = {}  # of every SFT stage
-        self._check()
+        self._examples = stages.check(recipe, self.task, self.runtime)  # of every SFT stage
         self.model: CausalLM | None = None
         self.tokenizer: Tokenizer | None = None
+        self._reading = ""
         self._peak: float | None = None  # measured when the first stage trains
 
     def execute(self, only_stage: str | None = None) -> Path:
@@ -106,29 +100,6 @@ class Run:
                     if name == only_stage:
                         return self.dir.stage(index, name)
                 return self._finish()
-
-    def _check(self) -> None:
-        """Raises ValueError for what could only fail later, with the directory already begun."""
-        recipe = self.recipe
-        config = ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config()
-        ranks, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # torchrun's
-        memory = self.runtime.gpu_memory_gib if self.runtime.device == "cuda" else self.runtime.memory_gib
-        if memory:  # a machine that does not say has enough
-            devices = ranks if self.runtime.device == "cuda" else max(1, ranks // here)
-            check_fits(recipe, memory * 2**30, devices, lambda: plan_line(recipe), self.runtime.threads)
-        for index, stage in enumerate(recipe.stages):
-            if isinstance(stage, SFTStage):
-                self._examples[index] = sum(answers(read_conversations(path)) for path in stage.data)
-                if stage.examples not in (None, self._examples[index]):
-                    raise ValueError(f"stage {recipe.stage_name(index)}: examples is {stage.examples}, and "
-                                     f"{', '.join(stage.data)} holds {self._examples[index]}")
-            if isinstance(stage, PretrainStage) and not callable(getattr(self.task, "trace", None)):
-                raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
-                                 f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
-                                 "from a model with `[model] from = DIR`")
-        if not recipe.model.from_dir and config.vocab_size < recipe.tokenizer.vocab_size:
-            raise ValueError(f"model.set.vocab_size {config.vocab_size} is less than tokenizer.vocab_size "
-                             f"{recipe.tokenizer.vocab_size}; the embedding needs a row for every id")
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -178,7 +149,7 @@ class Run:
         name, recipe = self.recipe.stage_name(index), self.recipe.precision
         fp8 = fp8_settings(recipe)
         set_training_precision(self.model, fp8)  # before a reference policy is copied from it
-        objective = self._objective(stage, directory)
+        objective = self._objective(index, directory)
         if stage.ema_decay:
             objective = Averaged(objective, self.model, stage.ema_decay)
         self._peak = self._peak or peak_flops(self.runtime, self.dtype)
@@ -198,28 +169,35 @@ class Run:
         best = loop.states.restore_best() if self.recipe.guard.use_best else None
         provenance = self._provenance(index, {
             "steps": progress.step, "weights_of_step": best or progress.step, "tokens": progress.tokens,
-            "time.seconds": progress.seconds, "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)})
+            "time.seconds": progress.seconds,
+            "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)} | objective.scores())
         if isinstance(objective, Averaged):  # first: the stage is complete with its own checkpoint
             with objective.applied():
                 save_checkpoint(directory / EMA, self.model, self.tokenizer, provenance | {"ema_decay": objective.decay})
         save_checkpoint(directory, self.model, self.tokenizer, provenance)
         shutil.rmtree(directory / "train_state", ignore_errors=True)
 
-    def _objective(self, stage: TrainedStage, directory: Path) -> Objective:
-        seed = self.recipe.seed
-        if isinstance(stage, PretrainStage):
-            return Pretrain(self.model, self.tokenizer, self.task, stage, seed)
-        if isinstance(stage, SFTStage):
-            return SFT.of(self.model, self.tokenizer, stage, seed)
-        if isinstance(stage, DistilStage):
-            return distil(self._teacher, self.model, self.tokenizer, directory, stage, seed)
-        sequences, rng, render = stage.problems * stage.group_size, random.Random("prompt lengths"), self.tokenizer.renderer()
-        prompt = max(LEAST_PROMPT, *(2 * len(render.question(self.task.sample(rng).prompt)) for _ in range(PROBED)))
-        engine = Engine(self.model, self.tokenizer.eos_id, max_batch=min(sequences, 256), max_waiting=sequences,
-                        max_len=min(self.model.config.max_position_embeddings, stage.max_tokens + prompt))
-        objective = GRPO(self.model, self.tokenizer, self.task, stage, seed, engine)
-        objective.dtype = self.dtype
-        return objective
+    def _objective(self, index: int, directory: Path) -> Objective:
+        stage, seed = self.recipe.stages[index], self.recipe.seed
+        match stage:
+            case PretrainStage():
+                return stages.pretrain(self.recipe, index, self.model, self.tokenizer, self.task, self._data_dir(), self._read)
+            case SFTStage():
+                return SFT.of(self.model, self.tokenizer, stage, seed)
+            case DistilStage():
+                return distil(self._teacher, self.model, self.tokenizer, directory, stage, seed)
+        return stages.grpo(self.recipe, stage, self.model, self.tokenizer, self.task, self.dtype)
+
+    def _read(self, which: str, read: int, total: int, rate: float) -> None:
+        """Text is being tokenised."""
+        self._check_stop(which)
+        if which != self._reading:
+            self._reading = which
+            self.observer.on_stage(which, 0, total)
+        self.observer.on_step({"stage": which, "step": read, "time.tokens_per_second": rate}, total)
+
+    def _data_dir(self) -> Path:
+        return Path(self.recipe.data and self.recipe.data.shards or self.dir.path / "data")
 
     def _evaluate(self, index: int, stage: EvalStage, directory: Path) -> None:
         """Greedy accuracy of every checkpoint so far, the recipe's own base included, on the same held-out problems."""
@@ -281,12 +259,9 @@ class Run:
             loaded = load_checkpoint(source, dtype=torch.float32, changes=None if before else self.recipe.model.set)
             self.model, self.tokenizer = loaded.model.to(self.runtime.device), loaded.tokenizer
             return
-        self.tokenizer = self._train_tokenizer()
-        self.model = build_model(self._config(), seed=self.recipe.seed).to(self.runtime.device)
-
-    def _config(self) -> ModelConfig:
-        """Of the preset; its bos and eos are 0 and 1, which `train_tokenizer` gives them too."""
-        return table_config(self.recipe.model, self.recipe.tokenizer.vocab_size)
+        self.tokenizer = stages.first_tokenizer(self.recipe, self.task, self._data_dir(),
+                                                lambda: self._check_stop(self.recipe.stage_name(0)))
+        self.model = build_model(stages.first_config(self.recipe), seed=self.recipe.seed).to(self.runtime.device)
 
     def _take_context(self, config: ModelConfig) -> None:
         """The same weights with another reach: rotary table and softmax scale follow from the config."""
@@ -309,18 +284,6 @@ class Run:
         sample_traces(teacher, tokenizer, self.task, stage, self.recipe.seed, directory, lambda: self._check_stop(name),
                       lambda done, of: self.observer.on_step({"stage": name, "step": done / of}, 1))
 
-    def _train_tokenizer(self) -> Tokenizer:
-        rng = random.Random(f"tokenizer {self.recipe.seed}")
-
-        def texts():
-            for _ in range(self.recipe.tokenizer.samples):
-                self._check_stop(self.recipe.stage_name(0))
-                problem = self.task.sample(rng)
-                yield problem.prompt
-                yield self.task.trace(problem, rng)
-
-        return train_tokenizer(texts(), self.recipe.tokenizer.vocab_size)
-
     # -- records ------------------------------------------------------------------------------------------------------
 
     def _run_record(self) -> dict[str, Any]:
@@ -342,17 +305,19 @@ class Run:
                            "unit": "problems" if isinstance(stage, EvalStage) else "steps"})
         return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": stages,
                 "parameters": parameters.total + parameters.mtp, "active_parameters": parameters.active,
-                "dollars_per_hour": self.recipe.cost.dollars_per_hour, "task": self.recipe.task.name, "taught": self.taught(),
+                "dollars_per_hour": self.recipe.cost.dollars_per_hour, "taught": self.taught(),
+                "task": self.recipe.task.name if self.recipe.task else None,
                 "time.unix": time.time()}
 
     def taught(self) -> str:
         """One line for people: what the model learns here."""
         describe: Callable[[], str] | None = getattr(self.task, "describe", None)
-        return describe() if describe else self.recipe.description or f"the task {self.task.name}"
+        return describe() if describe else self.recipe.description or (f"the task {self.task.name}" if self.task else "text")
 
     def _provenance(self, index: int, numbers: dict[str, Any]) -> dict[str, Any]:
+        task = self.recipe.task
         return {"jevons": __version__, "recipe": self.recipe.name, "recipe_text": self.text, "seed": self.recipe.seed,
-                "task": {"name": portable_name(self.recipe.task.name), "args": self.recipe.task.args}, "taught": self.taught(),
+                "task": {"name": portable_name(task.name), "args": task.args} if task else None, "taught": self.taught(),
                 "stage": self.recipe.stage_name(index), "torch": torch.__version__, "cpu": self.runtime.cpu} | numbers
 
     def _log_once(self, record: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from jevons.reason.against_plan import Line, against_plan, kept_steps, number_of
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 190, 50, 8, 22
 # (title, unit, [(key, label)]) by kind of stage; a curve without values is left out
 _CURVES: dict[str, list[tuple[str, str, list[tuple[str, str]]]]] = {
-    "pretrain": [("Loss", "", [("loss", "next token"), ("mtp_loss", "MTP")]),
+    "pretrain": [("Loss", "", [("loss", "next token"), ("mtp_loss", "MTP"), ("val_loss", "validation")]),
                  ("Tokens a second", "", [("time.tokens_per_second", "tokens/s")]),
                  ("Gradient norm before clipping", "", [("grad_norm", "norm")]),
                  ("Utilisation of this machine's matrix products", "%", [("time.mfu", "utilisation")])],

@@ -68,15 +68,15 @@ def _numbers(record: dict[str, Any]) -> str:
 
 
 def run_recipe(name: str, out: Path | None, only_stage: str | None = None, address: tuple[str, int] | None = None,
-               serve_after: bool = False, device: str = "cpu") -> None:
+               serve_after: bool = False, device: str = "cpu", sets: list[str] | None = None) -> None:
     """`jevons run`, and with an `address` `jevons up`."""
     from jevons.recipe import load_recipe
     from jevons.tasks.registry import load_task
 
     console, runtime = Console(stderr=True), use_threads(device)
-    recipe, text = load_recipe(name)
+    recipe, text = load_recipe(name, sets)
     out = out or Path("runs") / recipe.name
-    task = load_task(recipe.task.name, recipe.task.args)
+    task = load_task(recipe.task.name, recipe.task.args) if recipe.task else None
     describe = getattr(task, "describe", None)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())

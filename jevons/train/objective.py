@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jevons.data.packing import Batch, Document, pack
+from jevons.data.packing import Batch, Document, pack, weight_totals
 from jevons.model import CausalLM, TrainOutput
 from jevons.numerics import fused, linear
 from jevons.plan import training_flops
@@ -71,6 +71,10 @@ class Objective:
         """Model FLOPs of this step beside its micro-batches: of rollouts."""
         return 0.0
 
+    def scores(self) -> dict[str, float]:
+        """What the finished stage's provenance says of it beside its cost; often nothing."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values that resuming needs."""
         return {}
@@ -108,10 +112,11 @@ class TokenObjective(Objective):
         out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=self._mtp_weight > 0)
         main, sums = self.main_loss(batch, out)
         second = mtp_loss(self.model, out, batch) if out.mtp_hidden_ND is not None else main.new_zeros(())
-        loss = main + self._mtp_weight * second + self.model.config.aux_loss_alpha * out.balance_loss
-        sums |= {"mtp_loss": second.item(), "balance_loss": out.balance_loss.item()}
+        second, balance = second * batch.mtp_share, out.balance_loss * batch.row_share
+        loss = main * batch.share + self._mtp_weight * second + self.model.config.aux_loss_alpha * balance
         sums = {key: value * batch.share for key, value in sums.items()}
-        return LossParts(loss * batch.share, sums | {"tokens": batch.tokens}, out.load_RE)
+        sums |= {"mtp_loss": second.item(), "balance_loss": balance.item(), "tokens": batch.tokens}
+        return LossParts(loss, sums, out.load_RE)
 
     def main_loss(self, batch: Batch, out: TrainOutput) -> tuple[torch.Tensor, dict[str, float]]:
         """What the trunk learns from a micro-batch, and what is logged of it."""
@@ -129,12 +134,16 @@ class TokenObjective(Objective):
         return {key: value for key, value in sums.items() if key not in hidden} | load_metrics(self._load)
 
 
-def micro_batches(documents: Sequence[Document], count: int, pad_id: int, rows: int) -> list[Batch]:
-    """Up to `count` packed micro-batches of one update, each with its share of the update's loss weight."""
-    batches = [pack(documents[i::count], pad_id, rows) for i in range(min(count, len(documents)))]
-    total = sum(float(batch.weights_N.sum()) for batch in batches)
-    for batch in batches:
-        batch.share = float(batch.weights_N.sum()) / total
+def micro_batches(parts: Sequence[Sequence[Document]], totals: tuple[float, float, int], pad_id: int,
+                  rows: int | None) -> list[Batch]:
+    """A packed micro-batch of each part, with its shares of the whole update's `totals` (`data.packing.weight_totals`), other
+    processes' parts included. `rows` of them make a segment; None: all of one part."""
+    batches = []
+    for part in filter(None, parts):
+        batch = pack(part, pad_id, rows or len(part))
+        own = weight_totals(part)
+        batch.share, batch.mtp_share, batch.row_share = (a / max(b, 1e-8) for a, b in zip(own, totals, strict=True))
+        batches.append(batch)
     return batches
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jevons.chat import ChatError, check_roles
-from jevons.data.packing import Batch, Document, Prefetcher
+from jevons.data.packing import Batch, Document, Prefetcher, weight_totals
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM
 from jevons.recipe import FinetuneStage, SFTStage
@@ -125,12 +125,13 @@ class SFT(TokenObjective):
         return self._orders[epoch]
 
     def _make(self, step: int) -> list[Batch]:
-        count, stage = len(self.documents), self.stage
+        total, stage = len(self.documents), self.stage
         first = min(step, self.steps - 1) * stage.batch
-        places = range(first, min(first + stage.batch, count * stage.epochs))
-        chosen = [self.documents[self._order(place // count)[place % count]] for place in places]
+        places = range(first, min(first + stage.batch, total * stage.epochs))
+        chosen = [self.documents[self._order(place // total)[place % total]] for place in places]
         tokens = sum(len(ids) for ids, _ in chosen)
-        return micro_batches(chosen, max(1, round(tokens / stage.micro_batch_tokens)), self.tokenizer.pad_id, ROWS)
+        count = min(len(chosen), max(1, round(tokens / stage.micro_batch_tokens)))
+        return micro_batches([chosen[i::count] for i in range(count)], weight_totals(chosen), self.tokenizer.pad_id, ROWS)
 
     def next_batch(self, step: int) -> list[list[Batch]]:
         self.at_step(step, self.stage.mtp_weight, self.stage.bias_update_speed)
