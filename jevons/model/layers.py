@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jevons.config import ModelConfig, yarn_mscale
-from jevons.numerics import Fp8Weight, Rows, Weight, dense, kernels, linear
+from jevons.numerics import Fp8Weight, Rows, Weight, dense, kernels, linear, upcast
 
 HFView = tuple[str, torch.Tensor]  # a Hugging Face name (local to its module), and a view of the parameter it lives in
 Fetch = Callable[[str], Weight]  # a published name -> the tensor, or what stands for it
@@ -88,7 +88,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] in the input's precision; the mean of squares is taken in float32."""
         out = kernels.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype) if out is None else out
+        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(x.dtype) if out is None else out
 
 
 class MLP(nn.Module):

@@ -77,6 +77,11 @@ def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight.dense(dtype)
 
 
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: where sums are delicate. float64 stays, so that parity between layouts can be read to 1e-9."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], offs_E: torch.Tensor) -> torch.Tensor:
     """Rows of `x_MD`, sorted by expert, times their own expert's weight: [M, F]. Weights are stacked, or one an expert.
 
@@ -90,4 +95,7 @@ def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], o
     if torch.is_autocast_enabled(x_MD.device.type):
         dtype = torch.get_autocast_dtype(x_MD.device.type)
         x_MD, w_EFD = x_MD.to(dtype), w_EFD.to(dtype)
+    if x_MD.dtype == torch.float64:  # grouped_mm has no float64
+        return torch.cat([F.linear(x, w) for x, w in zip(x_MD.split(offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()), w_EFD,
+                                                         strict=True)])
     return F.grouped_mm(x_MD, w_EFD.transpose(-2, -1), offs=offs_E)

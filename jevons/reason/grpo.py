@@ -18,6 +18,7 @@ from jevons.data.packing import Batch, Document, align, pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM
+from jevons.numerics import upcast
 from jevons.reason.rollout import Episode, Roller, Rollouts
 from jevons.recipe import GRPOStage
 from jevons.tasks.base import Task
@@ -132,7 +133,7 @@ class GRPO(Objective):
 
         The head runs in float32: bf16 logits alone were most of the gap to the engine's log-probs."""
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            logits = model.logits(hidden_ND.index_select(0, micro.keep_N).float()) / self.stage.temperature
+            logits = model.logits(upcast(hidden_ND.index_select(0, micro.keep_N))) / self.stage.temperature
         everything = logits.log_softmax(-1)
         return everything.gather(1, micro.targets[:, None]).squeeze(1), everything
 

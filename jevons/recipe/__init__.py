@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from jevons.recipe.mesh import MeshError, MeshTable
 from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage, Stage
 from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, Table, TaskTable, TokenizerTable
 
-__all__ = ["RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "ModelTable", "OptimizerTable", "PretrainStage", "Recipe",
-           "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "MeshError", "MeshTable", "ModelTable", "OptimizerTable",
+           "PretrainStage", "Recipe", "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe"]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -32,6 +33,7 @@ class Recipe(Table):
     task: TaskTable = TaskTable()
     tokenizer: TokenizerTable = TokenizerTable()
     cost: CostTable = CostTable()
+    mesh: MeshTable = MeshTable()
     stages: list[Stage] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -49,7 +51,8 @@ class Recipe(Table):
         return self.stages[index].name or self.stages[index].kind
 
 
-_TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable}
+_TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
+           "mesh": MeshTable}
 _KINDS = {"pretrain": PretrainStage, "grpo": GRPOStage, "eval": EvalStage}
 
 

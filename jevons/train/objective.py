@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from jevons.data.packing import Batch
 from jevons.model import CausalLM, TrainOutput
-from jevons.numerics import linear
+from jevons.numerics import linear, upcast
 
 
 @dataclass
@@ -66,7 +66,7 @@ def token_losses(model: CausalLM, hidden_ND: torch.Tensor, targets_N: torch.Tens
     keep = weights_N.nonzero().squeeze(1)
     hidden = hidden_ND.index_select(0, keep)
     logits = linear(hidden, model.lm_head.weight.detach()) if detach_head else model.logits(hidden)
-    losses = F.cross_entropy(logits.float(), targets_N[keep], reduction="none")
+    losses = F.cross_entropy(upcast(logits), targets_N[keep], reduction="none")
     return (losses * weights_N[keep]).sum()
 
 
