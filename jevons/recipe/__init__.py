@@ -17,7 +17,8 @@ from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainS
 from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, Table, TaskTable, TokenizerTable
 
 __all__ = ["RECIPE_DIR", "CostTable", "EvalStage", "GRPOStage", "MeshError", "MeshTable", "ModelTable", "OptimizerTable",
-           "PretrainStage", "Recipe", "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe"]
+           "PretrainStage", "Recipe", "RecipeError", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe",
+           "parse_recipe"]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from jevons.store.run_dir import MetricsLog
 from jevons.store.train_state import load_latest, save_train_state
 from jevons.train.objective import LossParts, Objective
 from jevons.train.optim import build_optimizers, load_optimizer_tensors, lr_factor, optimizer_tensors
+
+if TYPE_CHECKING:  # what one process does without takes a second to import
+    from jevons.train.parallel.base import Parallel
 
 MAX_BAD_STEPS = 10  # consecutive updates without a finite gradient before the run stops
 
@@ -46,6 +49,7 @@ class LoopSettings:
     dollars_per_hour: float
     should_stop: Callable[[], bool] = lambda: False
     on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None  # after every step: progress, chat
+    parallel: Parallel | None = None  # the layout over many processes
 
 
 @dataclass
@@ -72,6 +76,9 @@ class StepResult:
 class Loop:
     def __init__(self, model: CausalLM, objective: Objective, settings: LoopSettings, log: MetricsLog):
         self.model, self.objective, self.settings, self.log = model, objective, settings, log
+        self.parallel = settings.parallel
+        if self.parallel:
+            self.parallel.prepare(model, objective)
         self.optimizers = build_optimizers(model, settings.optimizer)
         self._pool: ThreadPoolExecutor | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -111,6 +118,7 @@ class Loop:
                 if parts.load_RE is not None:
                     load = parts.load_RE if load is None else load + parts.load_RE
             if update:
+                load = self.parallel.reduce(result.sums, load) if self.parallel else load
                 self._update(result, load)
         return result
 
@@ -120,11 +128,18 @@ class Loop:
         device = self.model.embed_tokens.weight.device.type
         dtype = self.settings.dtype
 
-        def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
+        def loss(micro: Any) -> LossParts:
             # autocast's cache of cast weights is one for all threads, and whoever ends first empties it: whether a weight's
             # gradients were summed in bf16 or float32 would be a race
             with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                parts = self.objective.loss(micro)
+                return self.objective.loss(micro)
+
+        if self.parallel:
+            yield from ((parts, (None,) * len(self._parameters)) for parts in self.parallel.gradients(update, loss))
+            return
+
+        def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
+            parts = loss(micro)
             return parts, torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)
 
         threads = min(len(update), torch.get_num_threads())
@@ -138,7 +153,8 @@ class Loop:
 
     def _update(self, result: StepResult, load: torch.Tensor | None) -> None:
         """One optimizer step; skipped, and counted, where the gradient is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.grad_clip)
+        clip = self.parallel.clip if self.parallel else torch.nn.utils.clip_grad_norm_
+        norm = clip(self.model.parameters(), self.settings.optimizer.grad_clip)
         result.grad_norm = norm.item()
         factor = lr_factor(self.progress.step, self.objective.steps, self.settings.optimizer)
         if torch.isfinite(norm):
@@ -182,11 +198,12 @@ class Loop:
         meta = {"progress": self.progress.saved(), "objective": self.objective.state_dict(),
                 "metrics_position": self.log.position(), "torch": torch.__version__, "threads": torch.get_num_threads(),
                 "dtype": str(self.settings.dtype)}
-        save_train_state(self.settings.directory, self.progress.step, tensors, meta)
+        save = self.parallel.save if self.parallel else save_train_state
+        save(self.settings.directory, self.progress.step, tensors, meta)
 
     def resume(self) -> int:
         """Go back to the last saved state, if there is one; the step to go on from."""
-        found = load_latest(self.settings.directory)
+        found = self._newest()
         if found is None:
             return 0
         _, tensors, meta = found
@@ -204,6 +221,18 @@ class Loop:
         self.objective.load_state_dict(meta["objective"])
         self.progress = Progress(**meta["progress"])
         return self.progress.step
+
+    def _newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The newest state, whatever layout left it."""
+        directory = self.settings.directory
+        if self.parallel:
+            others = {f"objective.{name}": t for name, t in self.objective.tensors().items()}
+            return self.parallel.load(directory, self.model, others)
+        if any(directory.glob("train_state/dcp-*")):
+            from jevons.train.parallel.state import load_any
+
+            return load_any(directory)
+        return load_latest(directory)
 
 
 def _model_tensors(model: CausalLM) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jevons.recipe import MeshTable
 from jevons.recipe.mesh import check_processes
+from jevons.store.run_dir import MetricsLog
 
 _LOST = ("gloo", "NCCL", "onnection", "timed out", "Timed out", "timeout", "Broken pipe", "TCPStore", "Socket")
 
@@ -32,6 +33,25 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+class Silent(MetricsLog):
+    """The log of a process that does not lead: the leader's holds everyone's numbers."""
+
+    def __init__(self) -> None:
+        pass
+
+    def append(self, record: dict[str, Any]) -> None:
+        pass
+
+    def position(self) -> int:
+        return 0
+
+    def truncate(self, position: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass
 class World:
     """Where this process stands. `saves` is a group of its own, for what is written while training talks over the others."""
@@ -42,10 +62,11 @@ class World:
     device: torch.device
 
     @classmethod
-    def open(cls, table: MeshTable) -> World:
-        """Join the others (torchrun's environment says where). Raises MeshError where the mesh has not as many places."""
+    def open(cls, table: MeshTable, kind: str = "cpu") -> World:
+        """Join the others (torchrun's environment says where), on devices of this kind. Raises MeshError where the mesh has not
+        as many places as there are processes."""
         check_processes(table, processes())
-        cuda = torch.cuda.is_available()
+        cuda = kind == "cuda"
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -128,5 +149,3 @@ def share_out(items: Sequence[Any], place: int, places: int) -> list[tuple[Any, 
     at = [place + i * places for i in range(rounds)]
     return [(items[i], True) if i < len(items) else (items[i % len(items)], False) for i in at]
 
-
-Loss = Callable[[Any], Any]  # a micro-batch -> LossParts

@@ -1,0 +1,143 @@
+"""What the processes of tests/test_parallel.py run: a tiny V3 model, a fixed set of micro-batches, any layout."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jevons.config import preset
+from jevons.data.packing import pack
+from jevons.model import build_model
+from jevons.recipe import MeshTable, OptimizerTable
+from jevons.store.run_dir import MetricsLog
+from jevons.train.loop import Loop, LoopSettings
+from jevons.train.objective import (
+    LossParts,
+    Objective,
+    load_metrics,
+    mtp_loss,
+    token_losses,
+    update_router_bias,
+)
+
+VOCAB = 64
+
+
+def tiny(**changes):
+    return preset("v3-nano", **dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+                                    num_hidden_layers=4, n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1,
+                                    q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+                                    max_position_embeddings=64, aux_loss_alpha=0.01) | changes)
+
+
+class Random(Objective):
+    """The pretraining loss on random documents that are a function of (seed, step): the same micro-batches in every layout."""
+
+    def __init__(self, model, steps=20, micros=4, seed=0):
+        self.model, self.steps, self.micros, self.seed = model, steps, micros, seed
+        self._load = None
+
+    def next_batch(self, step):
+        rng = torch.Generator().manual_seed(1000 * self.seed + step)
+
+        def document():
+            size = int(torch.randint(4, 15, (), generator=rng))
+            return torch.randint(0, VOCAB, (size,), generator=rng).tolist(), [0.5] + [1.0] * (size - 1)
+
+        batches = [pack([document() for _ in range(2)], 0) for _ in range(self.micros)]
+        for batch in batches:
+            batch.share = 1 / self.micros
+        self._load = None
+        return [batches]
+
+    def loss(self, batch):
+        out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments)
+        main = token_losses(self.model, out.hidden_ND, batch.targets_N, batch.weights_N) / batch.weights_N.sum()
+        second = mtp_loss(self.model, out, batch)
+        loss = (main + 0.3 * second + self.model.config.aux_loss_alpha * out.balance_loss) * batch.share
+        sums = {"loss": main.item() * batch.share, "mtp_loss": second.item() * batch.share,
+                "balance_loss": out.balance_loss.item() * batch.share, "tokens": batch.tokens}
+        return LossParts(loss, sums, out.load_RE)
+
+    def after_update(self, load):
+        self._load = load
+        update_router_bias(self.model, load, 0.01)
+
+    def metrics(self, sums):
+        return dict(sums) | load_metrics(self._load)
+
+
+@dataclass
+class Result:
+    losses: list
+    norms: list
+    loads: list
+    model: torch.nn.Module | None  # whole, on the leader
+
+
+def train(directory, mesh=None, dtype=torch.float64, steps=20, until=None, matrices="muon", micros=4, config=None, world=None,
+          **changes):
+    """`steps` steps of one process (`mesh` None), or of this process's place in the mesh; saved at `until`, which ends it."""
+    from jevons.train.parallel.layouts import layout
+    from jevons.train.parallel.mesh import Silent
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model = build_model(config or tiny(**changes), seed=3, dtype=dtype)
+    # far from the start: gates that choose, attention that looks
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5)
+    objective = Random(model, steps, micros)
+    parallel = layout(mesh, world, "pretrain") if world is not None else None
+    records = []
+    stop = {"asked": False}
+
+    def on_step(record, _):
+        records.append(record)
+        stop["asked"] = record["step"] == until
+
+    settings = LoopSettings("test", directory, OptimizerTable(matrices=matrices, lr=1e-3, warmup_steps=2), 1000, torch.float32,
+                            1.0, should_stop=lambda: stop["asked"], on_step=on_step, parallel=parallel)
+    leads = world is None or world.leads
+    with (MetricsLog(directory / "metrics.jsonl") if leads else Silent()) as log:
+        loop = Loop(model, objective, settings, log)
+        loop.resume()
+        try:
+            loop.run()
+        except Exception as error:
+            if type(error).__name__ != "Interrupted":
+                raise
+        if parallel is not None:
+            parallel.finish()
+            model = parallel.gather(model)
+    return Result([r["loss"] for r in records], [r["grad_norm"] for r in records], [r.get("expert_load") for r in records], model)
+
+
+def difference(a, b):
+    """Largest relative difference of losses, norms and every parameter (relative to its largest element)."""
+    worst = 0.0
+    for x, y in [*zip(a.losses, b.losses, strict=True), *zip(a.norms, b.norms, strict=True)]:
+        worst = max(worst, abs(x - y) / abs(y))
+    others = dict(b.model.named_parameters())
+    for name, p in a.model.named_parameters():
+        q = others[name].detach()
+        worst = max(worst, float((p.detach() - q).abs().max() / q.abs().max()))
+    return worst
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    from jevons.train.parallel.mesh import World
+
+    table = MeshTable(**eval(sys.argv[2]))
+    world = World.open(table)
+    a = train(sys.argv[1] + "/many", table, world=world, steps=int(sys.argv[3]))
+    if world.leads:
+        print(difference(a, train(sys.argv[1] + "/one", steps=int(sys.argv[3]))), a.losses[-1], flush=True)
+    import torch.distributed as dist
+    dist.barrier()
+    world.close()
