@@ -109,6 +109,7 @@ class Loop:
         result = StepResult(lr=table.lr * lr_factor(self.progress.step, self.objective.steps, table))
         for update in self.objective.next_batch(self.progress.step):
             load: torch.Tensor | None = None
+            update = self.parallel.own(update) if self.parallel else update
             for parts, grads in self._gradients(update):
                 for parameter, grad in zip(self._parameters, grads, strict=True):
                     if grad is not None:
@@ -118,7 +119,8 @@ class Loop:
                 if parts.load_RE is not None:
                     load = parts.load_RE if load is None else load + parts.load_RE
             if update:
-                load = self.parallel.reduce(result.sums, load) if self.parallel else load
+                if self.parallel:
+                    load, _ = self.parallel.reduce(result.sums, load)
                 self._update(result, load)
         return result
 

@@ -26,10 +26,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Parallel:
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, dtype: torch.dtype = torch.float32):
+        self.world, self.dtype = world, dtype  # of matrix products
         self.copies: dict[nn.Parameter, int] = {}  # on how many processes the same elements lie; 1 where not named
         self._writer = state.Writer(world)
+        self._real: list[bool] = []
 
     @property
     def place(self) -> tuple[int, int]:
@@ -40,12 +41,22 @@ class Parallel:
         """Lay the model out, in place, before the optimizers are built."""
         raise NotImplementedError
 
-    def gradients(self, update: list[Any], loss: Callable[[Any], LossParts]) -> Iterator[LossParts]:
-        """Loss of each own micro-batch; afterwards every parameter's `grad` is that of the whole update."""
-        for micro, real in share_out(update, *self.place):
+    def own(self, update: list[Any]) -> list[Any]:
+        """The micro-batches that this process computes, as many as every other; see `share_out`."""
+        shared = share_out(update, *self.place)
+        self._real = [real for _, real in shared]
+        return [micro for micro, _ in shared]
+
+    def real(self, i: int) -> bool:
+        """Whether own micro-batch `i` counts."""
+        return self._real[i]
+
+    def gradients(self, micros: list[Any], loss: Callable[[Any], LossParts]) -> Iterator[LossParts]:
+        """Loss of each of `own`'s micro-batches; afterwards every parameter's `grad` is that of the whole update."""
+        for i, micro in enumerate(micros):
             parts = loss(micro)
-            (parts.loss if real else parts.loss * 0).backward()
-            yield parts if real else nothing(parts)
+            (parts.loss if self.real(i) else parts.loss * 0).backward()
+            yield parts if self.real(i) else nothing(parts)
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
         """The gradient's norm over all processes; it is scaled down to `most` where it is larger."""
@@ -63,19 +74,20 @@ class Parallel:
     def _over_all(self, total: torch.Tensor) -> None:
         dist.all_reduce(total)
 
-    def reduce(self, sums: dict[str, float], load_RE: torch.Tensor | None) -> torch.Tensor | None:
-        """What is logged, and the routers' load, over all processes: `sums` in place."""
+    def reduce(self, sums: dict[str, float], load_RE: torch.Tensor | None, loss: float = 0.0,
+               ) -> tuple[torch.Tensor | None, float]:
+        """What is logged (`sums`, in place), the routers' load and the loss, over all processes."""
         everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, (sums, load_RE is not None), group=self.world.saves)
+        dist.all_gather_object(everyone, (sums, loss))
         totals: dict[str, float] = {}
         for own, _ in everyone:
             for key, value in own.items():
                 totals[key] = totals.get(key, 0.0) + value
         sums.update(totals)
-        if any(loaded for _, loaded in everyone):
+        if load_RE is not None:
             load_RE = load_RE.clone()
             dist.all_reduce(load_RE)
-        return load_RE
+        return load_RE, sum(value for _, value in everyone)
 
     # -- what is saved ------------------------------------------------------------------------------------------------
 
@@ -125,4 +137,4 @@ class Parallel:
 def nothing(parts: LossParts) -> LossParts:
     """A micro-batch that was computed only because others waited for it: the same keys, all zero."""
     load = None if parts.load_RE is None else torch.zeros_like(parts.load_RE)
-    return LossParts(parts.loss.detach(), dict.fromkeys(parts.sums, 0.0), load)
+    return LossParts(parts.loss.detach() * 0, dict.fromkeys(parts.sums, 0.0), load)

@@ -72,7 +72,7 @@ class SpreadBank(ExpertBank):
     ranks: int
     fp8: bool
 
-    # FSDP puts the gathered weight in `_parameters` while the bank runs: a DTensor over the experts alone, whose local part is used
+    # FSDP puts the gathered weight in `_parameters` while the bank runs: a DTensor over the experts alone
     @property
     def gate_up_proj(self) -> torch.Tensor:
         return _usable(self._parameters["gate_up_proj"])

@@ -27,7 +27,7 @@ class Sharded(Parallel):
             spread_experts(model, mesh["expert"], table.fp8_dispatch)
         if TrainOutput not in _pytree.SUPPORTED_NODES:  # FSDP looks for the output's tensors to hook the backward pass to
             _pytree.register_dataclass(TrainOutput)
-        everyone = mesh["replica"]
+        everyone = self.world.replicas
         for block in [*model.layers, *model.mtp]:
             if table.expert > 1 and table.data > 1 and isinstance(block.mlp, MoE):
                 # dim 1: the experts' own dimension is taken

@@ -58,6 +58,7 @@ class World:
 
     table: MeshTable
     mesh: DeviceMesh
+    replicas: DeviceMesh  # data x expert, flattened
     saves: dist.ProcessGroup
     device: torch.device
 
@@ -73,7 +74,7 @@ class World:
         limit = timedelta(seconds=table.timeout)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
-        return cls(table, grid(table, device.type), dist.new_group(backend="gloo", timeout=limit), device)
+        return cls(table, *grid(table, device.type), dist.new_group(backend="gloo", timeout=limit), device)
 
     @property
     def rank(self) -> int:
@@ -91,7 +92,7 @@ class World:
     @property
     def replica(self) -> int:
         """Which part of the batch is this process's."""
-        return self.mesh["replica"].get_local_rank()
+        return self.replicas.get_local_rank()
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -130,16 +131,15 @@ class World:
             if not any(isinstance(e, dist.DistError) or any(word in str(e) for word in _LOST) for e in seen):
                 raise
             cause = str(seen[-1]).splitlines()[0]
-            raise RankLost(f"another of the run's {self.size} processes died, or did not answer for {self.table.timeout:g} s; this one "
-                           f"(rank {self.rank}) ends too. What was saved is kept: the same command goes on from there, and on "
-                           f"fewer processes with `--mesh data=N` (torch said: {cause})") from error
+            raise RankLost(f"another of the run's {self.size} processes died, or did not answer for {self.table.timeout:g} s; "
+                           f"this one (rank {self.rank}) ends too. What was saved is kept: the same command goes on from there, "
+                           f"on fewer processes with `--mesh data=N` (torch said: {cause})") from error
 
 
-def grid(table: MeshTable, device: str) -> DeviceMesh:
-    """The mesh, with `replica` = data x expert as a dimension of its own beside them."""
+def grid(table: MeshTable, device: str) -> tuple[DeviceMesh, DeviceMesh]:
+    """The mesh, and its `data` and `expert` as one dimension."""
     mesh = init_device_mesh(device, (table.pipeline, table.data, table.expert), mesh_dim_names=("pipeline", "data", "expert"))
-    mesh["data", "expert"]._flatten("replica")
-    return mesh
+    return mesh, mesh["data", "expert"]._flatten("replica")
 
 
 def share_out(items: Sequence[Any], place: int, places: int) -> list[tuple[Any, bool]]:

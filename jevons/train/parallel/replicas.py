@@ -25,8 +25,8 @@ class Replicated(Parallel):
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, src=0)
 
-    def gradients(self, update: list[Any], loss: Callable[[Any], LossParts]) -> Iterator[LossParts]:
-        yield from super().gradients(update, loss)
+    def gradients(self, micros: list[Any], loss: Callable[[Any], LossParts]) -> Iterator[LossParts]:
+        yield from super().gradients(micros, loss)
         for p in self._parameters:  # all have the same ones, whatever micro-batches they read
             if p.grad is not None:
                 dist.all_reduce(p.grad)
