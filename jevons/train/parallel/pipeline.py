@@ -48,7 +48,8 @@ class Stage(nn.Module):
     def __init__(self, owner: Pipelined, model: CausalLM, begin: int, end: int, first: bool, last: bool):
         super().__init__()
         self.blocks, self.begin, self.first, self.last = model.layers[begin:end], begin, first, last
-        self.ends = nn.ModuleList([m for m, here in ((model.embed_tokens, first), (model.norm, last), (model.lm_head, last),
+        embeds = first or last and bool(model.mtp)  # a schedule makes the gradients of a stage's own parameters only
+        self.ends = nn.ModuleList([m for m, here in ((model.embed_tokens, embeds), (model.norm, last), (model.lm_head, last),
                                                      (model.mtp, last)) if here])
         object.__setattr__(self, "work", owner)  # no submodule
 
