@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,6 +28,7 @@ from jevons.reason.grpo import GRPO
 from jevons.reason.report import write_report
 from jevons.reason.tensorboard import write_tensorboard
 from jevons.recipe import EvalStage, GRPOStage, PretrainStage, Recipe
+from jevons.recipe.mesh import check_model, spread_stage
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import is_complete, load_checkpoint, read_provenance, save_checkpoint
 from jevons.store.files import write_text
@@ -37,6 +38,9 @@ from jevons.tasks.registry import load_task, portable_name
 from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
 from jevons.train.pretrain import Pretrain
+
+if TYPE_CHECKING:
+    from jevons.train.parallel.mesh import World
 
 BEGIN = "begin.json"
 LEAST_PROMPT = 128  # tokens of room that rollouts leave for a prompt beside max_tokens; twice the longest of PROBED if more
@@ -59,8 +63,9 @@ class Observer(Protocol):
 class Run:
     """One recipe in one directory. `execute` runs what is left of it."""
 
-    def __init__(self, recipe: Recipe, text: str, out: Path, observer: Observer, runtime: Runtime | None = None):
-        self.recipe, self.text, self.observer = recipe, text, observer
+    def __init__(self, recipe: Recipe, text: str, out: Path, observer: Observer, runtime: Runtime | None = None,
+                 world: World | None = None):
+        self.recipe, self.text, self.observer, self.world = recipe, text, observer, world
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
         self.task: Task = load_task(recipe.task.name, recipe.task.args)
@@ -89,8 +94,13 @@ class Run:
                         self._check_stop(name)
                         self._stage(index)
                     if name == only_stage:
+                        if self.world is not None:
+                            self.world.tell(None)
                         return self.dir.stage(index, name)
-                return self._finish()
+                final = self._finish()
+                if self.world is not None:
+                    self.world.tell(None)
+                return final
 
     def _check(self) -> None:
         """Raises ValueError for what could only fail later, with the directory already begun."""
@@ -100,6 +110,11 @@ class Run:
                 raise ValueError(f"stage {recipe.stage_name(index)} pretrains on worked solutions, but the task "
                                  f"{recipe.task.name} has no method `trace`; write one, or leave the stage out and start "
                                  "from a model with `[model] from = DIR`")
+        if self.world is not None:
+            table = self.world.table
+            check_model(table, ModelConfig.load(recipe.model.from_dir) if recipe.model.from_dir else self._config())
+            for index, stage in enumerate(recipe.stages):
+                spread_stage(table, stage, recipe.stage_name(index))
         if recipe.model.from_dir:
             ModelConfig.load(recipe.model.from_dir)
         elif (config := self._config()).vocab_size < recipe.tokenizer.vocab_size:
@@ -112,6 +127,7 @@ class Run:
         stage, name = self.recipe.stages[index], self.recipe.stage_name(index)
         directory = self.dir.stage(index, name)
         self._load_model(index)
+        self._tell(index)
         self._begin(directory)
         self.observer.on_model(self.model, self.tokenizer, f"{self.recipe.name}-{name}")
         if isinstance(stage, EvalStage):
@@ -119,7 +135,18 @@ class Run:
         else:
             self._train(index, stage, directory)
         self._log_once({"kind": "stage", "stage": name, "event": "end"})
-        write_tensorboard(self.dir.metrics, self.dir.tensorboard)
+        if self.leads:
+            write_tensorboard(self.dir.metrics, self.dir.tensorboard)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run directory: the only one, or the first of many."""
+        return self.world is None or self.world.leads
+
+    def _tell(self, index: int) -> None:
+        """The other processes, which wait for a stage to train."""
+        if self.world is not None and self.leads and not isinstance(self.recipe.stages[index], EvalStage):
+            self.world.tell((index, self.tokenizer))
 
     def _begin(self, directory: Path) -> None:
         """On first entry, note where the log stands."""
@@ -135,17 +162,29 @@ class Run:
 
     def _train(self, index: int, stage: PretrainStage | GRPOStage, directory: Path) -> None:
         name = self.recipe.stage_name(index)
+        parallel, should_stop = None, self.observer.should_stop
+        if self.world is not None:
+            from jevons.train.parallel.layouts import layout
+
+            stage = spread_stage(self.world.table, stage, name)
+            parallel = layout(self.world.table, self.world, stage.kind, self.runtime.dtype)
+            should_stop = lambda: self.world.agree(self.observer.should_stop())
         objective = self._objective(stage)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.runtime.dtype,
-            dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=self.observer.should_stop,
-            on_step=self.observer.on_step)
+            dollars_per_hour=self.recipe.cost.dollars_per_hour, should_stop=should_stop,
+            on_step=self.observer.on_step, parallel=parallel)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
             self._from_the_start(directory, name)
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
+        if parallel is not None:
+            parallel.finish()
+            self.model = parallel.gather(self.model)
+            if not self.leads:
+                return
         save_checkpoint(directory, self.model, self.tokenizer, self._provenance(index, {
             "steps": progress.step, "tokens": progress.tokens, "time.seconds": progress.seconds,
             "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)}))
@@ -219,7 +258,7 @@ class Run:
             loaded = load_checkpoint(source, dtype=torch.float32, changes=None if before else self.recipe.model.set)
             self.model, self.tokenizer = loaded.model, loaded.tokenizer
             return
-        self.tokenizer = self._train_tokenizer()
+        self.tokenizer = self.tokenizer or self._train_tokenizer()  # the leader's, where this process follows
         self.model = build_model(self._config(), seed=self.recipe.seed)
 
     def _config(self) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -61,6 +62,11 @@ def override(table: MeshTable, text: str) -> MeshTable:
     except ValidationError as error:
         first = error.errors()[0]
         raise MeshError(f"--mesh {text!r}: {first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_processes(mesh: MeshTable, processes: int) -> None:

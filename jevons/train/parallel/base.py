@@ -102,6 +102,7 @@ class Parallel:
     def load(self, directory: Path, model: CausalLM, others: dict[str, torch.Tensor],
              ) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         """The newest whole state that any layout left, laid out as this one; only what this process needs of it."""
+        self.world.meet()
         found = self.world.tell(state.newest(directory) if self.world.leads else None)
         if found is None:
             return None

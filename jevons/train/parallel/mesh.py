@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jevons.recipe import MeshTable
-from jevons.recipe.mesh import check_processes
+from jevons.recipe.mesh import check_processes, processes
 from jevons.store.run_dir import MetricsLog
 
 _LOST = ("gloo", "NCCL", "onnection", "timed out", "Timed out", "timeout", "Broken pipe", "TCPStore", "Socket")
@@ -26,11 +26,6 @@ _LOST = ("gloo", "NCCL", "onnection", "timed out", "Timed out", "timeout", "Brok
 
 class RankLost(OSError):
     """Another process of the run died, or did not answer in time."""
-
-
-def processes() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Silent(MetricsLog):
@@ -103,6 +98,16 @@ class World:
         flag = torch.tensor([float(asked)], device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
+
+    def meet(self) -> None:
+        """Wait for all, without a limit: before messages that have one, where some may have come a longer way."""
+        store = dist.distributed_c10d._get_default_store()
+        self._met = getattr(self, "_met", 0) + 1
+        name = f"met-{self._met}"
+        if store.add(name, 1) == self.size:
+            store.set(f"{name}-all", "1")
+        while not store.check([f"{name}-all"]):
+            time.sleep(0.02)
 
     def tell(self, value: Any = None) -> Any:
         """The leader's value, everywhere. Those who wait do so at the store, where no time limit runs: the leader may be at work

@@ -21,9 +21,19 @@ class Replicated(Parallel):
         return self.world.rank, self.world.size
 
     def prepare(self, model: CausalLM, objective: Objective) -> None:
+        if hasattr(objective, "spread"):
+            objective.spread(self.place, self._everyone)
+        self.world.meet()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, src=0)
+
+    def _everyone(self, own: Any) -> list[Any]:
+        """What every process made, in their order. Rollouts last differently long."""
+        self.world.meet()
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, own, group=self.world.saves)
+        return everyone
 
     def gradients(self, micros: list[Any], loss: Callable[[Any], LossParts]) -> Iterator[LossParts]:
         yield from super().gradients(micros, loss)
