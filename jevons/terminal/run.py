@@ -81,8 +81,8 @@ def run_recipe(name: str, out: Path | None, only_stage: str | None = None, addre
         recipe = recipe.model_copy(update={"mesh": override(recipe.mesh, mesh)})
     check_processes(recipe.mesh, processes())
     if processes() > 1 and address is not None:
-        raise ValueError("`jevons up` trains and serves in one process; `jevons run` under torchrun, then `jevons serve`, would be "
-                         "right")
+        raise ValueError("`jevons up` trains and serves in one process; `jevons run` under torchrun, then `jevons serve`, would "
+                         "be right")
     task = load_task(recipe.task.name, recipe.task.args)
     describe = getattr(task, "describe", None)
     with contextlib.ExitStack() as stack:

@@ -78,7 +78,7 @@ class Parallel:
                ) -> tuple[torch.Tensor | None, float]:
         """What is logged (`sums`, in place), the routers' load and the loss, over all processes."""
         everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, (sums, loss))
+        dist.all_gather_object(everyone, (sums, loss), group=self.world.talk)
         totals: dict[str, float] = {}
         for own, _ in everyone:
             for key, value in own.items():
@@ -107,13 +107,13 @@ class Parallel:
         if found is None:
             return None
         meta = state.read_meta(found)
-        return meta["step"], state.read(found, state.templates(model, others), self.world.saves), meta["meta"]
+        return meta["step"], state.read(found, state.templates(model, others), self.world.talk), meta["meta"]
 
     def gather(self, model: CausalLM) -> CausalLM | None:
         """The whole model on the leader's CPU, tensor by tensor; None elsewhere."""
         own = dict(model.named_parameters())
         names: list[Any] = [None] * self.world.size
-        dist.all_gather_object(names, sorted(own), group=self.world.saves)
+        dist.all_gather_object(names, sorted(own), group=self.world.talk)
         whole = build_model(model.config, dtype=next(iter(own.values())).dtype) if self.world.leads else None
         wanted = dict(whole.named_parameters()) if whole is not None else {}
         for name in dict.fromkeys(n for some in names for n in some):
@@ -124,11 +124,11 @@ class Parallel:
                 value = (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
             if whole is not None:
                 if value is None:
-                    dist.recv(wanted[name].data, src=first, group=self.world.saves)
+                    dist.recv(wanted[name].data, src=first, group=self.world.talk)
                 else:
                     wanted[name].data.copy_(value)
             elif self.world.rank == first:
-                dist.send(value, dst=0, group=self.world.saves)
+                dist.send(value, dst=0, group=self.world.talk)
         if whole is not None:
             for gate, held in zip(whole.routers(), model.routers(), strict=True):
                 gate.e_score_correction_bias.copy_(held.e_score_correction_bias)

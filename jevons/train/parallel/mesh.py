@@ -49,11 +49,13 @@ class Silent(MetricsLog):
 
 @dataclass
 class World:
-    """Where this process stands. `saves` is a group of its own, for what is written while training talks over the others."""
+    """Where this process stands. `talk` carries objects between CPUs; only the thread that writes states uses `saves`, for two
+    threads' messages in one group would be taken for each other's."""
 
     table: MeshTable
     mesh: DeviceMesh
     replicas: DeviceMesh  # data x expert, flattened
+    talk: dist.ProcessGroup
     saves: dist.ProcessGroup
     device: torch.device
 
@@ -69,7 +71,7 @@ class World:
         limit = timedelta(seconds=table.timeout)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
-        return cls(table, *grid(table, device.type), dist.new_group(backend="gloo", timeout=limit), device)
+        return cls(table, *grid(table, device.type), *(dist.new_group(backend="gloo", timeout=limit) for _ in range(2)), device)
 
     @property
     def rank(self) -> int:
@@ -120,7 +122,7 @@ class World:
             while not store.check([f"told-{self._told}"]):
                 time.sleep(0.05)
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.saves)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.talk)
         return box[0]
 
     @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Replicated(Parallel):
         """What every process made, in their order. Rollouts last differently long."""
         self.world.meet()
         everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, own, group=self.world.saves)
+        dist.all_gather_object(everyone, own, group=self.world.talk)
         return everyone
 
     def gradients(self, micros: list[Any], loss: Callable[[Any], LossParts]) -> Iterator[LossParts]:

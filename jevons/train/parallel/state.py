@@ -55,7 +55,7 @@ class Writer:
         if self.world.leads:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        dist.barrier(group=self.world.saves)
+        dist.barrier(group=self.world.talk)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._written = dcp.async_save({name: t.detach() for name, t in tensors.items()}, checkpoint_id=aside,
@@ -75,7 +75,7 @@ class Writer:
             written.result()
         except Exception as error:  # DCP wraps what each process raised
             raise StoreError(None, f"the train state could not be written: {error}") from error
-        dist.barrier(group=self.world.saves)
+        dist.barrier(group=self.world.talk)
 
 
 def commit(aside: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
