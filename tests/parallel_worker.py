@@ -1,6 +1,12 @@
 """What the processes of tests/test_parallel.py run: a tiny V3 model, a fixed set of micro-batches, any layout."""
 
-import sys
+import dataclasses
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +51,7 @@ class Random(Objective):
             size = int(torch.randint(4, 15, (), generator=rng))
             return torch.randint(0, VOCAB, (size,), generator=rng).tolist(), [0.5] + [1.0] * (size - 1)
 
-        batches = [pack([document() for _ in range(2)], 0) for _ in range(self.micros)]
+        batches = [short(pack([document() for _ in range(2)], 0), 3) for _ in range(self.micros)]
         for batch in batches:
             batch.share = 1 / self.micros
         self._load = None
@@ -68,6 +74,13 @@ class Random(Objective):
         return dict(sums) | load_metrics(self._load)
 
 
+def short(batch, padding):
+    """Without most of the padding behind, which is for speed only."""
+    size = sum(rows * length for rows, length in batch.segments) + padding
+    return dataclasses.replace(batch, **{f.name: getattr(batch, f.name)[:size] for f in dataclasses.fields(batch)
+                                         if f.name.endswith("_N")})
+
+
 @dataclass
 class Result:
     losses: list
@@ -76,15 +89,15 @@ class Result:
     model: torch.nn.Module | None  # whole, on the leader
 
 
-def train(directory, mesh=None, dtype=torch.float64, steps=20, until=None, matrices="muon", micros=4, config=None, world=None,
+def train(directory, mesh=None, world=None, dtype=torch.float64, steps=20, matrices="muon", micros=4, save_every=1000, slow=0.0,
           **changes):
-    """`steps` steps of one process (`mesh` None), or of this process's place in the mesh; saved at `until`, which ends it."""
+    """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits."""
     from jevons.train.parallel.layouts import layout
     from jevons.train.parallel.mesh import Silent
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model = build_model(config or tiny(**changes), seed=3, dtype=dtype)
+    model = build_model(tiny(**changes), seed=3, dtype=dtype)
     # far from the start: gates that choose, attention that looks
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -94,23 +107,18 @@ def train(directory, mesh=None, dtype=torch.float64, steps=20, until=None, matri
     objective = Random(model, steps, micros)
     parallel = layout(mesh, world, "pretrain") if world is not None else None
     records = []
-    stop = {"asked": False}
 
     def on_step(record, _):
         records.append(record)
-        stop["asked"] = record["step"] == until
+        time.sleep(slow)
 
-    settings = LoopSettings("test", directory, OptimizerTable(matrices=matrices, lr=1e-3, warmup_steps=2), 1000, torch.float32,
-                            1.0, should_stop=lambda: stop["asked"], on_step=on_step, parallel=parallel)
+    settings = LoopSettings("test", directory, OptimizerTable(matrices=matrices, lr=1e-3, warmup_steps=2), save_every,
+                            torch.float32, 1.0, on_step=on_step, parallel=parallel)
     leads = world is None or world.leads
     with (MetricsLog(directory / "metrics.jsonl") if leads else Silent()) as log:
         loop = Loop(model, objective, settings, log)
         loop.resume()
-        try:
-            loop.run()
-        except Exception as error:
-            if type(error).__name__ != "Interrupted":
-                raise
+        loop.run()
         if parallel is not None:
             parallel.finish()
             model = parallel.gather(model)
@@ -129,15 +137,83 @@ def difference(a, b):
     return worst
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def layouts(tables, directory, options):
+    """Every layout in turn, in one group of processes: results on the leader, by name."""
     from jevons.train.parallel.mesh import World
 
-    table = MeshTable(**eval(sys.argv[2]))
+    results = {}
+    for name, values in tables.items():
+        table = MeshTable(**values)
+        world = World.open(table)
+        result = train(Path(directory) / name, table, world, **options)
+        if world.leads:
+            results[name] = result
+        world.meet()  # the next one's directory may be this one's
+    return results
+
+
+def until_lost(values, directory, _):
+    """Slow steps without end, until another process is gone."""
+    from jevons.train.parallel.mesh import RankLost, World
+
+    table = MeshTable(**values)
     world = World.open(table)
-    a = train(sys.argv[1] + "/many", table, world=world, steps=int(sys.argv[3]))
-    if world.leads:
-        print(difference(a, train(sys.argv[1] + "/one", steps=int(sys.argv[3]))), a.losses[-1], flush=True)
-    import torch.distributed as dist
-    dist.barrier()
-    world.close()
+    try:
+        with world.lost():
+            train(directory, table, world, steps=10_000, save_every=2, slow=0.05)
+    except RankLost as error:
+        return str(error)
+
+
+def whole_run(_, directory, __):
+    from jevons.cli import main
+
+    os.chdir(directory)
+    import sys
+
+    sys.argv = ["jevons", "run", "nano.toml", "--out", "many"]
+    main()
+
+
+PRELOAD = ["jevons.train.parallel.layouts", "parallel_worker", "torch.distributed.checkpoint", "torch._dynamo",
+           "torch.distributed.pipelining"]
+
+
+def _enter(rank, ranks, port, work, arguments, out):
+    faulthandler.enable()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    result = work(*arguments)
+    Path(out).write_bytes(pickle.dumps(result))
+    os._exit(0)  # without waiting for groups whose other ends are gone
+
+
+def start(ranks, work, arguments, directory):
+    """That many processes, as torchrun would start them, from a server that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    outs = [Path(directory) / f"out-{rank}" for rank in range(ranks)]
+    processes = [context.Process(target=_enter, args=(rank, ranks, port, work, arguments, str(outs[rank])))
+                 for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes, outs
+
+
+def run(ranks, work, arguments, directory, timeout=240):
+    """What `work(*arguments)` gave on the leader."""
+    processes, outs = start(ranks, work, arguments, directory)
+    end = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        assert [p.exitcode for p in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+    return pickle.loads(outs[0].read_bytes())

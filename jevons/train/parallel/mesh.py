@@ -105,7 +105,7 @@ class World:
         """Wait for all, without a limit: before messages that have one, where some may have come a longer way."""
         store = dist.distributed_c10d._get_default_store()
         self._met = getattr(self, "_met", 0) + 1
-        name = f"met-{self._met}"
+        name = f"{self.talk.group_name} met {self._met}"
         if store.add(name, 1) == self.size:
             store.set(f"{name}-all", "1")
         while not store.check([f"{name}-all"]):
@@ -116,10 +116,11 @@ class World:
         on something of its own for long (an evaluation). If it dies, torchrun ends them; if the store goes, this raises."""
         store = dist.distributed_c10d._get_default_store()
         self._told = getattr(self, "_told", 0) + 1
+        name = f"{self.talk.group_name} told {self._told}"
         if self.leads:
-            store.set(f"told-{self._told}", "1")
+            store.set(name, "1")
         else:
-            while not store.check([f"told-{self._told}"]):
+            while not store.check([name]):
                 time.sleep(0.05)
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.talk)
