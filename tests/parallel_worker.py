@@ -89,7 +89,7 @@ class Result:
     model: torch.nn.Module | None  # whole, on the leader
 
 
-def train(directory, mesh=None, world=None, dtype=torch.float64, steps=20, matrices="muon", micros=4, save_every=1000, slow=0.0,
+def train(directory, mesh=None, world=None, dtype=torch.float64, steps=6, matrices="muon", micros=4, save_every=1000, slow=0.0,
           **changes):
     """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits."""
     from jevons.train.parallel.layouts import layout
@@ -186,6 +186,11 @@ def _enter(rank, ranks, port, work, arguments, out):
     torch.set_num_threads(1)
     result = work(*arguments)
     Path(out).write_bytes(pickle.dumps(result))
+    if rank == 0:  # the others' meeting place is in this process (torchrun's is in its agent)
+        end = time.monotonic() + 10
+        while not all(Path(out).with_name(f"out-{r}").exists() for r in range(ranks)) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.2)
     os._exit(0)  # without waiting for groups whose other ends are gone
 
 
@@ -205,7 +210,7 @@ def start(ranks, work, arguments, directory):
     return processes, outs
 
 
-def run(ranks, work, arguments, directory, timeout=240):
+def run(ranks, work, arguments, directory, timeout=280):
     """What `work(*arguments)` gave on the leader."""
     processes, outs = start(ranks, work, arguments, directory)
     end = time.monotonic() + timeout

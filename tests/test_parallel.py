@@ -1,6 +1,7 @@
 """Many processes against one: every layout trains to the same weights, states go from any layout to any other, and a process
 that dies ends the others with a sentence."""
 
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,8 @@ from jevons.store.checkpoint import load_checkpoint, save_checkpoint
 from jevons.train.parallel.experts import dequantise_tiles, quantise_tiles
 from jevons.train.parallel.mesh import share_out
 
-CLOSE = 1e-9
+CLOSE = 1e-9  # over 6 steps; benchmarks/parallel_parity.py takes 20, in float32 too
+STEPS, KEPT = 6, 4  # states every two steps, the last two kept
 TWO = {"fsdp": dict(data=2), "experts": dict(expert=2), "1f1b": dict(pipeline=2), "zbv": dict(pipeline=2, schedule="zbv"),
        "dualpipev": dict(pipeline=2, schedule="dualpipev")}
 FOUR = {"fsdp": dict(data=4), "experts": dict(expert=4), "both": dict(data=2, expert=2)}
@@ -38,9 +40,9 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """(results, directory) of the layouts of four; states every 5 steps, the last two kept."""
+    """(results, directory) of the layouts of four."""
     directory = tmp_path_factory.mktemp("four")
-    return worker.run(4, worker.layouts, (FOUR, directory, dict(save_every=5)), directory), directory
+    return worker.run(4, worker.layouts, (FOUR, directory, dict(save_every=2)), directory), directory
 
 
 def hold(result, alone, since=0):
@@ -52,7 +54,7 @@ def hold(result, alone, since=0):
 
 
 def test_two_processes_train_to_what_one_trains_to(alone, tmp_path):
-    assert alone.losses[-1] < alone.losses[0] and len(alone.losses) == 20
+    assert alone.losses[-1] < alone.losses[0] and len(alone.losses) == STEPS
     results = worker.run(2, worker.layouts, (TWO, tmp_path, {}), tmp_path)
     assert list(results) == list(TWO)
     for result in results.values():
@@ -65,16 +67,16 @@ def test_four_processes_train_to_what_one_trains_to(alone, four):
 
 
 def test_four_go_on_as_two_and_as_one(alone, four, tmp_path):
-    """From step 15, saved while training went on."""
+    """From the step before the last, saved while training went on."""
     left = four[1] / "both" / "train_state"
-    assert sorted(p.name for p in left.iterdir()) == ["dcp-00000015", "dcp-00000020"]
+    assert sorted(p.name for p in left.iterdir()) == ["dcp-00000004", "dcp-00000006"]
     for name in ("fsdp", "dualpipev", "one"):
         shutil.copytree(left, tmp_path / name / "train_state")
-        shutil.rmtree(tmp_path / name / "train_state" / "dcp-00000020")
-    hold(worker.train(tmp_path / "one"), alone, 15)
+        shutil.rmtree(tmp_path / name / "train_state" / "dcp-00000006")
+    hold(worker.train(tmp_path / "one"), alone, KEPT)
     two = {name: TWO[name] for name in ("fsdp", "dualpipev")}
     for result in worker.run(2, worker.layouts, (two, tmp_path, {}), tmp_path).values():
-        hold(result, alone, 15)
+        hold(result, alone, KEPT)
     hold(worker.train(tmp_path / "one"), worker.Result([], [], [], alone.model))  # nothing left to do, from two or from one
 
 
@@ -84,19 +86,19 @@ def test_a_state_counts_once_it_is_whole(alone, four, tmp_path):
     shutil.copytree(four[1] / "experts" / "train_state", left)
     (left / "dcp-00000025.tmp").mkdir()
     (left / "dcp-00000030").mkdir()
-    short = random.choice(sorted((left / "dcp-00000020").glob("__*")))
+    short = random.choice(sorted((left / "dcp-00000006").glob("__*")))
     short.write_bytes(short.read_bytes()[:-1])
-    hold(worker.train(tmp_path), alone, 15)
+    hold(worker.train(tmp_path), alone, KEPT)
     assert not (left / "dcp-00000025.tmp").exists()
 
 
 def test_one_goes_on_as_two(alone, tmp_path):
-    worker.train(tmp_path / "1f1b", save_every=15)
-    shutil.rmtree(tmp_path / "1f1b" / "train_state" / "step-00000020")
+    worker.train(tmp_path / "1f1b", save_every=KEPT)
+    shutil.rmtree(tmp_path / "1f1b" / "train_state" / "step-00000006")
     shutil.copytree(tmp_path / "1f1b", tmp_path / "experts")
     two = {name: TWO[name] for name in ("1f1b", "experts")}
     for result in worker.run(2, worker.layouts, (two, tmp_path, {}), tmp_path).values():
-        hold(result, alone, 15)
+        hold(result, alone, KEPT)
 
 
 def test_gathered_weights_make_a_checkpoint(four, tmp_path):
@@ -110,7 +112,7 @@ def test_gathered_weights_make_a_checkpoint(four, tmp_path):
 def test_tokens_in_fp8_stay_near(tmp_path):
     """The same run with FP8 dispatch: other numbers, the same course."""
     tables = {"plain": dict(expert=2), "fp8": dict(expert=2, fp8_dispatch=True)}
-    results = worker.run(2, worker.layouts, (tables, tmp_path, dict(steps=8, dtype=torch.float32, micros=2)), tmp_path)
+    results = worker.run(2, worker.layouts, (tables, tmp_path, dict(steps=4, dtype=torch.float32, micros=2)), tmp_path)
     plain, fp8 = results["plain"].losses, results["fp8"].losses
     assert plain != fp8
     assert all(abs(a - b) / a < 0.02 for a, b in zip(plain, fp8, strict=True)), (plain, fp8)
@@ -132,29 +134,31 @@ def test_tiles():
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_is_gone_ends_the_other_with_a_sentence(alone, tmp_path, how):
+def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path, how):
     layout = random.choice([dict(data=2), dict(expert=2), dict(pipeline=2)])
-    processes, outs = worker.start(2, worker.until_lost, (layout | dict(timeout=4.0), tmp_path, None), tmp_path)
+    processes, outs = worker.start(2, worker.until_lost, (layout | dict(timeout=15.0), tmp_path, None), tmp_path)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 200
         while not list(tmp_path.glob("train_state/dcp-*[0-9]")) and time.monotonic() < end:
             time.sleep(0.05)
         victim = random.randrange(2)
         os.kill(processes[victim].pid, how)
         began = time.monotonic()
-        processes[1 - victim].join(60)
-        assert processes[1 - victim].exitcode == 0 and time.monotonic() - began < 60
+        processes[1 - victim].join(100)
+        assert processes[1 - victim].exitcode == 0 and time.monotonic() - began < 90
         message = outs[1 - victim].read_bytes()
-        assert b"another of the run's 2 processes died, or did not answer for 4 s" in message
+        assert b"another of the run's 2 processes died, or did not answer for 15 s" in message
     finally:
         for process in processes:
             process.kill()
     kept = sorted(p.name for p in (tmp_path / "train_state").glob("dcp-*") if not p.name.endswith(".tmp"))
     step = int(kept[-1][4:])
-    for name in kept[:-1]:
-        shutil.rmtree(tmp_path / "train_state" / name)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     result = worker.train(tmp_path, steps=step + 1)  # the run goes on with fewer processes
-    assert len(result.losses) == 1 and (step >= 20 or result.losses[0] == pytest.approx(alone.losses[step], rel=1e-2))
+    assert len(result.losses) == 1
+    for record in logged:
+        if record["step"] == step + 1:  # made, and not saved
+            assert result.losses[0] == pytest.approx(record["loss"], rel=CLOSE)
 
 
 def test_everyone_gets_as_many():
