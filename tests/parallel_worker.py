@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def layouts(tables, directory, options):
     return results
 
 
-def until_lost(values, directory, _):
+def until_lost(values, directory):
     """Slow steps without end, until another process is gone."""
     from jevons.train.parallel.mesh import RankLost, World
 
@@ -165,18 +166,21 @@ def until_lost(values, directory, _):
         return str(error)
 
 
-def whole_run(_, directory, __):
+def whole_run(arguments, directory):
+    """`jevons run nano.toml ...` in `directory`; the exit code."""
     from jevons.cli import main
 
     os.chdir(directory)
-    import sys
-
-    sys.argv = ["jevons", "run", "nano.toml", "--out", "many"]
-    main()
+    sys.argv = ["jevons", "run", "nano.toml", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
 PRELOAD = ["jevons.train.parallel.layouts", "parallel_worker", "torch.distributed.checkpoint", "torch._dynamo",
-           "torch.distributed.pipelining"]
+           "torch.distributed.pipelining", "jevons.terminal.run", "jevons.reason.follow"]
 
 
 def _enter(rank, ranks, port, work, arguments, out):

@@ -11,6 +11,7 @@ import time
 import parallel_worker as worker
 import pytest
 import torch
+from whole_runs import metrics, write_recipe
 
 from jevons.recipe import MeshError, MeshTable, RecipeError, parse_recipe
 from jevons.recipe.mesh import check_model, check_processes, override, spread_stage
@@ -18,6 +19,7 @@ from jevons.store.checkpoint import load_checkpoint, save_checkpoint
 from jevons.train.parallel.experts import dequantise_tiles, quantise_tiles
 from jevons.train.parallel.mesh import share_out
 
+pytestmark = pytest.mark.timeout(600)  # where many other programs want the cores, each message waits for its turn
 CLOSE = 1e-9  # over 6 steps; benchmarks/parallel_parity.py takes 20, in float32 too
 STEPS, KEPT = 6, 4  # states every two steps, the last two kept
 TWO = {"fsdp": dict(data=2), "experts": dict(expert=2), "1f1b": dict(pipeline=2), "zbv": dict(pipeline=2, schedule="zbv"),
@@ -71,7 +73,7 @@ def test_four_go_on_as_two_and_as_one(alone, four, tmp_path):
     left = four[1] / "both" / "train_state"
     assert sorted(p.name for p in left.iterdir()) == ["dcp-00000004", "dcp-00000006"]
     for name in ("fsdp", "dualpipev", "one"):
-        shutil.copytree(left, tmp_path / name / "train_state")
+        shutil.copytree(left.parent, tmp_path / name)
         shutil.rmtree(tmp_path / name / "train_state" / "dcp-00000006")
     hold(worker.train(tmp_path / "one"), alone, KEPT)
     two = {name: TWO[name] for name in ("fsdp", "dualpipev")}
@@ -82,8 +84,8 @@ def test_four_go_on_as_two_and_as_one(alone, four, tmp_path):
 
 def test_a_state_counts_once_it_is_whole(alone, four, tmp_path):
     """A save that was cut off, and a file that lost its end: the step before is what counts."""
+    shutil.copytree(four[1] / "experts", tmp_path, dirs_exist_ok=True)
     left = tmp_path / "train_state"
-    shutil.copytree(four[1] / "experts" / "train_state", left)
     (left / "dcp-00000025.tmp").mkdir()
     (left / "dcp-00000030").mkdir()
     short = random.choice(sorted((left / "dcp-00000006").glob("__*")))
@@ -136,7 +138,7 @@ def test_tiles():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path, how):
     layout = random.choice([dict(data=2), dict(expert=2), dict(pipeline=2)])
-    processes, outs = worker.start(2, worker.until_lost, (layout | dict(timeout=15.0), tmp_path, None), tmp_path)
+    processes, outs = worker.start(2, worker.until_lost, (layout | dict(timeout=15.0), tmp_path), tmp_path)
     try:
         end = time.monotonic() + 200
         while not list(tmp_path.glob("train_state/dcp-*[0-9]")) and time.monotonic() < end:
@@ -159,6 +161,55 @@ def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path, how):
     for record in logged:
         if record["step"] == step + 1:  # made, and not saved
             assert result.losses[0] == pytest.approx(record["loss"], rel=CLOSE)
+
+
+WHOLE = """
+name = "nano"
+seed = 5
+[model]
+preset = "v3-nano"
+[task]
+name = "own_tasks.py:Traced"
+[mesh]
+data = 2
+[tokenizer]
+vocab_size = 288
+samples = 60
+[[stages]]
+kind = "pretrain"
+tokens = 1_500
+batch_tokens = 500
+micro_batch_tokens = 250
+[[stages]]
+kind = "grpo"
+steps = 2
+problems = 3
+group_size = 4
+max_tokens = 10
+[[stages]]
+kind = "eval"
+n = 2
+max_tokens = 4
+"""
+
+
+def test_one_command_runs_every_stage(tmp_path):
+    """Pretraining sharded, rollouts shared out, evaluation by the leader: what is logged is what one process logs."""
+    write_recipe(tmp_path, WHOLE)
+    assert worker.run(2, worker.whole_run, (["--out", "two"], tmp_path), tmp_path) == 0
+    assert worker.run(1, worker.whole_run, (["--out", "one", "--mesh", "data=1"], tmp_path), tmp_path) == 0
+    two, one = (metrics(tmp_path / name) for name in ("two", "one"))
+    assert [(x["kind"], x.get("stage"), x.get("step")) for x in two] == [(x["kind"], x.get("stage"), x.get("step")) for x in one]
+    steps = [(a, b) for a, b in zip(two, one, strict=True) if a["kind"] == "step"]
+    assert len(steps) == 5
+    for a, b in steps[:4]:
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        if "loss" in b:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-2, abs=1e-3)
+    first, other = steps[3]
+    for key in ("reward", "length", "truncated", "zero_spread", "accuracy"):
+        assert first[key] == other[key], key
+    assert (tmp_path / "two" / "final" / "model.safetensors").stat().st_size > 0
 
 
 def test_everyone_gets_as_many():

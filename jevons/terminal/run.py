@@ -132,7 +132,9 @@ def _run(recipe: Any, text: str, out: Path, console: Console, stop: StopSignal, 
             if world is None:
                 return job.execute(only_stage)
             with world.lost():
-                return job.execute(only_stage)
+                final = job.execute(only_stage)
+            world.close()
+            return final
         finally:
             if watch.bar.tasks:  # begun by the first stage: a run that is refused leaves no blank line
                 watch.bar.stop()
@@ -150,6 +152,7 @@ def _follow(recipe: Any, text: str, out: Path, stop: StopSignal, world: Any) -> 
     try:
         with world.lost():
             Follower(recipe, text, out, Quiet(stop), use_threads(), world).execute()
+        world.close()
         return out
     except Interrupted:
         return None

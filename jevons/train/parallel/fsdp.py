@@ -7,6 +7,7 @@ Gradients are summed, not averaged: a micro-batch's loss already holds its share
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils import _pytree
@@ -27,19 +28,18 @@ class Sharded(Parallel):
             spread_experts(model, mesh["expert"], table.fp8_dispatch)
         if TrainOutput not in _pytree.SUPPORTED_NODES:  # FSDP looks for the output's tensors to hook the backward pass to
             _pytree.register_dataclass(TrainOutput)
-        everyone = self.world.replicas
-        for block in [*model.layers, *model.mtp]:
-            if table.expert > 1 and table.data > 1 and isinstance(block.mlp, MoE):
-                # dim 1: the experts' own dimension is taken
-                fully_shard(block.mlp.experts, mesh=mesh["data"], shard_placement_fn=lambda p: Shard(1))
-            ignored = set(block.mlp.experts.parameters()) if table.expert > 1 and isinstance(block.mlp, MoE) else set()
-            if block in model.mtp:  # these run outside the layer's own forward
-                fully_shard([block.enorm, block.hnorm, block.eh_proj], mesh=everyone)
-                fully_shard(block.shared_head["norm"], mesh=everyone)
-            fully_shard(block, mesh=everyone, ignored_params=ignored if table.data == 1 else None)
-        banks = [b.mlp.experts for b in [*model.layers, *model.mtp] if table.expert > 1 and isinstance(b.mlp, MoE)]
-        kept = {p for bank in banks for p in bank.parameters()} if table.data == 1 else None
-        fully_shard(model, mesh=everyone, ignored_params=kept)
+        everyone, blocks = self.world.replicas, [*model.layers, *model.mtp]
+        apart: set[nn.Parameter] = set()
+        for bank in [block.mlp.experts for block in blocks if table.expert > 1 and isinstance(block.mlp, MoE)]:
+            if table.data > 1:  # dim 1: the experts' own dimension is taken
+                fully_shard(bank, mesh=mesh["data"], shard_placement_fn=lambda p: Shard(1))
+            else:
+                apart |= set(bank.parameters())
+        for layer in model.mtp:  # these run outside the layer's own forward
+            fully_shard([layer.enorm, layer.hnorm, layer.eh_proj], mesh=everyone)
+            fully_shard(layer.shared_head["norm"], mesh=everyone)
+        for block in [*blocks, model]:
+            fully_shard(block, mesh=everyone, ignored_params=apart)
         register_fsdp_forward_method(model, "forward_train")
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -44,8 +44,7 @@ class Writer:
 
     def __init__(self, world: World):
         self.world = world
-        self._written: Future | None = None
-        self._commit: Callable[[], None] | None = None
+        self._saved: Future | None = None  # done once the state has its name (on the leader) or its parts (elsewhere)
 
     def save(self, stage_dir: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         """Raises StoreError, the steps before intact, when the disk refuses (with `async_save` at the next call)."""
@@ -58,21 +57,30 @@ class Writer:
         dist.barrier(group=self.world.talk)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._written = dcp.async_save({name: t.detach() for name, t in tensors.items()}, checkpoint_id=aside,
-                                           process_group=self.world.saves)
-        self._commit = lambda: commit(aside, final, step, meta)
+            written = dcp.async_save({name: t.detach() for name, t in tensors.items()}, checkpoint_id=aside,
+                                     process_group=self.world.saves)
+        self._saved = written
         if self.world.leads:  # DCP's metadata comes last, after every process's files
-            self._written.add_done_callback(lambda done: done.exception() or self._commit())
+            saved = self._saved = Future()
+
+            def name_it(done: Future) -> None:
+                try:
+                    done.result()
+                    saved.set_result(commit(aside, final, step, meta))
+                except Exception as error:  # whatever it is, `finish` raises it
+                    saved.set_exception(error)
+
+            written.add_done_callback(name_it)
         if not self.world.table.async_save:
             self.finish()
 
     def finish(self) -> None:
         """Wait for the save under way, on every process."""
-        if self._written is None:
+        if self._saved is None:
             return
-        written, self._written = self._written, None
+        saved, self._saved = self._saved, None
         try:
-            written.result()
+            saved.result()
         except Exception as error:  # DCP wraps what each process raised
             raise StoreError(None, f"the train state could not be written: {error}") from error
         dist.barrier(group=self.world.talk)
