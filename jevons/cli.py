@@ -45,11 +45,13 @@ def up(recipe: Annotated[str, typer.Argument(help="recipe by name or path")] = "
 @app.command()
 def run(recipe: Annotated[str, typer.Argument(help="recipe by name or path")], out: OutOption = None,
         stage: Annotated[str | None, typer.Option("--stage", help="run only this stage")] = None,
-        device: DeviceOption = "cpu", sets: SetOption = None) -> None:
+        device: DeviceOption = "cpu", sets: SetOption = None,
+        mesh: Annotated[str | None, typer.Option(
+            "--mesh", help="in place of the recipe's [mesh], such as data=2,expert=2; under torchrun")] = None) -> None:
     """Run a recipe's stages, without a server. Continues where it stopped."""
     from jevons.terminal.run import run_recipe
 
-    run_recipe(recipe, out, only_stage=stage, device=device, sets=sets)
+    run_recipe(recipe, out, only_stage=stage, device=device, sets=sets, mesh=mesh)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.attention import Segments
 from jevons.model.layers import MLP, Fetch, HFView, packed_views
-from jevons.numerics import Fp8, Rows, fused, grouped_linear, kernels, swiglu_linear, training
+from jevons.numerics import Fp8, Rows, fused, grouped_linear, kernels, swiglu_linear, training, upcast
 from jevons.numerics.native import CChoice
 
 ALIGN = 32
@@ -63,7 +63,7 @@ class Gate(nn.Module):
             if chosen is not None:
                 return Routing(*chosen, chosen[1].new_zeros(()))
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores = F.linear(x_ND.float(), self.weight.float())
+            scores = F.linear(upcast(x_ND), upcast(self.weight))
             scores = scores.sigmoid() if c.scoring_func == "sigmoid" else scores.softmax(-1)
         with torch.no_grad():
             choice = scores + self.e_score_correction_bias if c.has_router_bias else scores

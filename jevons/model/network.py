@@ -6,7 +6,7 @@ training rows. Parameters may be fused in memory; `hf_state_dict` shows them und
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,7 @@ class CausalLM(nn.Module):
 
     def routers(self) -> list[Gate]:
         """Every gate there is, the MTP module's last: balancing must reach all of them."""
-        return [block.mlp.gate for block in [*self.layers, *self.mtp] if isinstance(block.mlp, MoE)]
+        return [block.mlp.gate for block in [*self.layers, *self.mtp] if hasattr(block.mlp, "gate")]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)
@@ -157,18 +157,24 @@ class CausalLM(nn.Module):
         With `mtp` the MTP module runs too; at a row's last token it is fed the next row's first (its loss weight must
         be 0). `detach_trunk` keeps its gradient out of the trunk, the embedding included.
         """
+        x, routings = self.run_blocks(self.layers, self.embed_tokens(tokens_N), positions_N, segments)
+        return self.finish_train(x, routings, tokens_N, positions_N, segments, mtp, detach_trunk)
+
+    def run_blocks(self, blocks: Iterable[Block], x_ND: torch.Tensor, positions_N: torch.Tensor, segments: Segments,
+                   ) -> tuple[torch.Tensor, list[Routing]]:
+        """Some of the blocks over training rows: a pipeline's stage runs its own."""
         rope = self.rope[positions_N]
         real = (positions_N >= 0).float()
-        x = self.embed_tokens(tokens_N)
         routings: list[Routing] = []
-
-        def attend(attn, h):
-            return attn.expanded(h, rope, segments)
-
-        for block in self.layers:
-            x, routing = block(x, attend, segments, real)
+        for block in blocks:
+            x_ND, routing = block(x_ND, lambda attn, h: attn.expanded(h, rope, segments), segments, real)
             routings += [routing] if routing is not None else []
-        hidden = self.norm(x)
+        return x_ND, routings
+
+    def finish_train(self, x_ND: torch.Tensor, routings: list[Routing], tokens_N: torch.Tensor, positions_N: torch.Tensor,
+                     segments: Segments, mtp: bool, detach_trunk: bool) -> TrainOutput:
+        """What comes after the last block: the final norm, and the MTP module."""
+        hidden = self.norm(x_ND)
         mtp_hidden = None
         if mtp and self.mtp:
             layer = self.mtp[0]
@@ -176,8 +182,8 @@ class CausalLM(nn.Module):
             trunk = hidden
             if detach_trunk:
                 trunk, embed = trunk.detach(), embed.detach()
-            y, routing = layer(layer.merge(trunk, embed), attend, segments, real)
-            routings += [routing] if routing is not None else []
+            y, more = self.run_blocks([layer], layer.merge(trunk, embed), positions_N, segments)
+            routings = [*routings, *more]
             mtp_hidden = layer.shared_head["norm"](y)
         load = torch.stack([r.load_E for r in routings]) if routings else None
         balance = torch.stack([r.balance_loss for r in routings]).mean() if routings else hidden.new_zeros(())

@@ -22,6 +22,11 @@ def available(*tensors: torch.Tensor) -> bool:
                for t in tensors) and library() is not None
 
 
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: where sums are delicate. float64 stays, so that parity between layouts can be read to 1e-9."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The precision that products of `x` are taken in here."""
     kind = x.device.type
@@ -61,7 +66,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dty
     dtype = dtype or x.dtype
     if available(x, weight) and weight.dtype == torch.float32 and weight.is_contiguous() and dtype in KINDS:
         return _Norm.apply(x, weight, eps, dtype)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+    return F.rms_norm(upcast(x), weight.shape, upcast(weight), eps).to(dtype)
 
 
 class _Swiglu(torch.autograd.Function):
@@ -111,7 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Each row's loss [N] in float32. Raises IndexError for a target past the vocabulary."""
     if not available(logits_NV):
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        return F.cross_entropy(upcast(logits_NV), targets_N, reduction="none")
     if bool(((targets_N < 0) | (targets_N >= logits_NV.shape[1])).any()):
         worst = int(targets_N.min()) if int(targets_N.min()) < 0 else int(targets_N.max())
         raise IndexError(f"a target is {worst}; 0 to {logits_NV.shape[1] - 1} would be right")

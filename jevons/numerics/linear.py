@@ -97,6 +97,9 @@ def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], o
     if torch.is_autocast_enabled(x_MD.device.type):
         dtype = torch.get_autocast_dtype(x_MD.device.type)
         x_MD, w_EFD = x_MD.to(dtype), w_EFD.to(dtype)
+    if x_MD.dtype == torch.float64:  # grouped_mm has no float64
+        return torch.cat([F.linear(x, w) for x, w in zip(x_MD.split(offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()), w_EFD,
+                                                         strict=True)])
     return F.grouped_mm(x_MD, w_EFD.transpose(-2, -1), offs=offs_E)
 
 

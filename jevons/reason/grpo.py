@@ -8,7 +8,7 @@ trainer's probabilities truncated at 2. `preset = "r1"` in a recipe is the publi
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from jevons.data.packing import Batch, Document, align, on_device, pack, take_do
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM
+from jevons.numerics import upcast
 from jevons.plan import forward_flops
 from jevons.reason.rollout import Episode, Roller, Rollouts
 from jevons.recipe import GRPOStage
@@ -85,6 +86,11 @@ class GRPO(Objective):
         self._rollouts: Rollouts | None = None
         self._load: torch.Tensor | None = None
 
+    def spread(self, part: tuple[int, int], everyone: Callable[[Any], list[Any]]) -> None:
+        """Roll out this rank's part of the problems; `everyone` gives all ranks' of something. Micro-batches are the same
+        everywhere, and shared out after."""
+        self.roller.part, self.roller.everyone = part, everyone
+
     def next_batch(self, step: int) -> list[list[Micro]]:
         if self.reference is not None and step > 0 and step % REFERENCE_EVERY == 0:
             self.reference.load_state_dict(self.model.state_dict())
@@ -97,7 +103,8 @@ class GRPO(Objective):
         share = -(-len(episodes) // self.stage.minibatches)
         updates = [self._micros([episodes[i] for i in order[first : first + share]]) for first in range(0, len(order), share)]
         if self.stage.minibatches > 1 or self.reference is not None:
-            self._recompute([micro for update in updates for micro in update])
+            rank, ranks = self.roller.part
+            self._recompute([micro for update in updates for micro in update[rank::ranks]])
         return updates
 
     def _micros(self, episodes: Sequence[Episode]) -> list[Micro]:
@@ -135,7 +142,7 @@ class GRPO(Objective):
 
         The head runs in float32: bf16 logits alone were most of the gap to the engine's log-probs."""
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            logits = model.logits(hidden_ND.index_select(0, micro.keep_N).float()) / self.stage.temperature
+            logits = model.logits(upcast(hidden_ND.index_select(0, micro.keep_N))) / self.stage.temperature
         everything = logits.log_softmax(-1)
         return everything.gather(1, micro.targets[:, None]).squeeze(1), everything
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -32,6 +32,7 @@ from jevons.reason.report import write_report
 from jevons.reason.teach import distil, new_student, sample_traces
 from jevons.reason.tensorboard import write_tensorboard
 from jevons.recipe import DistilStage, EvalStage, GRPOStage, PretrainStage, Recipe, SFTStage
+from jevons.recipe.mesh import spread_stage
 from jevons.recipe.stages import TrainedStage
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import is_complete, load_checkpoint, read_provenance, save_checkpoint
@@ -43,6 +44,9 @@ from jevons.train.ema import Averaged
 from jevons.train.loop import Interrupted, Loop, LoopSettings
 from jevons.train.objective import Objective
 from jevons.train.sft import SFT
+
+if TYPE_CHECKING:
+    from jevons.train.parallel.mesh import World
 
 BEGIN = "begin.json"
 EMA = "ema"  # the averaged weights' checkpoint, within the stage's directory
@@ -64,8 +68,9 @@ class Observer(Protocol):
 class Run:
     """One recipe in one directory. `execute` runs what is left of it."""
 
-    def __init__(self, recipe: Recipe, text: str, out: Path, observer: Observer, runtime: Runtime | None = None):
-        self.recipe, self.text, self.observer = recipe, text, observer
+    def __init__(self, recipe: Recipe, text: str, out: Path, observer: Observer, runtime: Runtime | None = None,
+                 world: World | None = None):
+        self.recipe, self.text, self.observer, self.world = recipe, text, observer, world
         self.dir = RunDir(out)
         self.runtime = runtime or Runtime.detect("cpu")
         self.task: Task | None = load_task(recipe.task.name, recipe.task.args) if recipe.task else None
@@ -98,8 +103,13 @@ class Run:
                         self._check_stop(name)
                         self._stage(index)
                     if name == only_stage:
+                        if self.world is not None:
+                            self.world.tell(None)
                         return self.dir.stage(index, name)
-                return self._finish()
+                final = self._finish()
+                if self.world is not None:
+                    self.world.tell(None)
+                return final
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -107,6 +117,7 @@ class Run:
         stage, name = self.recipe.stages[index], self.recipe.stage_name(index)
         directory = self.dir.stage(index, name)
         self._load_model(index)
+        self._tell(index)
         self._begin(directory)
         if isinstance(stage, DistilStage):
             self._take_student(index, stage, directory)
@@ -118,7 +129,18 @@ class Run:
         else:
             self._train(index, stage, directory)
         self._log_once({"kind": "stage", "stage": name, "event": "end"})
-        write_tensorboard(self.dir.metrics, self.dir.tensorboard)
+        if self.leads:
+            write_tensorboard(self.dir.metrics, self.dir.tensorboard)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run directory: the only one, or the first of many."""
+        return self.world is None or self.world.leads
+
+    def _tell(self, index: int) -> None:
+        """The other processes, which wait for a stage to train."""
+        if self.world is not None and self.leads and not isinstance(self.recipe.stages[index], EvalStage):
+            self.world.tell((index, self.tokenizer))
 
     def _begin(self, directory: Path) -> None:
         """On first entry, note where the log stands."""
@@ -147,16 +169,24 @@ class Run:
 
     def _train(self, index: int, stage: TrainedStage, directory: Path) -> None:
         name, recipe = self.recipe.stage_name(index), self.recipe.precision
+        parallel, should_stop = None, self.observer.should_stop
+        if self.world is not None:
+            from jevons.train.parallel.layouts import layout
+
+            stage = spread_stage(self.world.table, stage, name)
+            parallel = layout(self.world.table, self.world, stage.kind, self.dtype)
+            should_stop = lambda: self.world.agree(self.observer.should_stop())
         fp8 = fp8_settings(recipe)
         set_training_precision(self.model, fp8)  # before a reference policy is copied from it
-        objective = self._objective(index, directory)
+        objective = self._objective(index, stage, directory)
         if stage.ema_decay:
             objective = Averaged(objective, self.model, stage.ema_decay)
         self._peak = self._peak or peak_flops(self.runtime, self.dtype)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, moments=recipe.moments,
-            fp8=fp8, should_stop=self.observer.should_stop, peak_flops=self._peak, on_step=self.observer.on_step)
+            fp8=fp8, should_stop=should_stop, may_abandon=parallel is None, peak_flops=self._peak,
+            on_step=self.observer.on_step, parallel=parallel)
         loop = Loop(self.model, objective, settings, self.log)
         done = loop.resume()
         if done == 0:
@@ -167,6 +197,11 @@ class Run:
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
         best = loop.states.restore_best() if self.recipe.guard.use_best else None
+        if parallel is not None:
+            parallel.finish()
+            self.model = parallel.gather(self.model)
+            if not self.leads:
+                return
         provenance = self._provenance(index, {
             "steps": progress.step, "weights_of_step": best or progress.step, "tokens": progress.tokens,
             "time.seconds": progress.seconds,
@@ -177,11 +212,17 @@ class Run:
         save_checkpoint(directory, self.model, self.tokenizer, provenance)
         shutil.rmtree(directory / "train_state", ignore_errors=True)
 
-    def _objective(self, index: int, directory: Path) -> Objective:
-        stage, seed = self.recipe.stages[index], self.recipe.seed
+    def _objective(self, index: int, stage: TrainedStage, directory: Path) -> Objective:
+        seed = self.recipe.seed
         match stage:
             case PretrainStage():
-                return stages.pretrain(self.recipe, index, self.model, self.tokenizer, self.task, self._data_dir(), self._read)
+                if self.world is not None and not self.leads:  # the leader makes the shards
+                    self.world.meet()
+                made = stages.pretrain(self.recipe, index, stage, self.model, self.tokenizer, self.task, self._data_dir(),
+                                       self._read)
+                if self.world is not None and self.leads:
+                    self.world.meet()
+                return made
             case SFTStage():
                 return SFT.of(self.model, self.tokenizer, stage, seed)
             case DistilStage():
@@ -259,7 +300,8 @@ class Run:
             loaded = load_checkpoint(source, dtype=torch.float32, changes=None if before else self.recipe.model.set)
             self.model, self.tokenizer = loaded.model.to(self.runtime.device), loaded.tokenizer
             return
-        self.tokenizer = stages.first_tokenizer(self.recipe, self.task, self._data_dir(),
+        self.tokenizer = self.tokenizer or stages.first_tokenizer(  # the leader's, where this process follows
+           self.recipe, self.task, self._data_dir(),
                                                 lambda: self._check_stop(self.recipe.stage_name(0)))
         self.model = build_model(stages.first_config(self.recipe), seed=self.recipe.seed).to(self.runtime.device)
 

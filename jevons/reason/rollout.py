@@ -72,6 +72,8 @@ class Roller:
         self.engine, self.tokenizer, self.task, self.stage, self.seed = engine, tokenizer, task, stage, seed
         self._render = tokenizer.renderer()
         self.end_think_id = tokenizer.special[END_THINK]
+        self.part: tuple[int, int] = (0, 1)  # of every round's problems: the rank's, of how many ranks
+        self.everyone: Callable[[Any], list[Any]] = lambda own: [own]  # every rank's, in their order
 
     def roll(self, step: int, on_step: Callable[[], None] | None = None) -> Rollouts:
         """Groups for one step, a function of (weights, seed, step). Groups without spread are replaced by new problems,
@@ -102,14 +104,19 @@ class Roller:
             requests += [Request(prompt, SamplingParams(stage.max_tokens, stage.temperature, seed=rng.getrandbits(63),
                                                         stop_token_ids=self.tokenizer.stop_ids))
                          for _ in range(stage.group_size)]
-        completions = self.engine.generate(requests, on_step)
-        episodes = []
+        rank, ranks = self.part
+        groups = [requests[i : i + stage.group_size] for i in range(0, len(requests), stage.group_size)]
+        completions = self.engine.generate([request for group in groups[rank::ranks] for request in group], on_step)
+        own = []
         for index, completion in enumerate(completions):
-            problem = problems[index // stage.group_size]
+            problem = problems[rank::ranks][index // stage.group_size]
             text = completion_text(completion, self.tokenizer)
             reward = self.task.score(problem, text)
             value = reward.correct + stage.format_weight * reward.parts.get("format", 0.0)
-            if stage.random_reward:
-                value = float(rng.random() < 0.5)
-            episodes.append(Episode(problem, completion, text, reward, value))
-        return [episodes[i : i + stage.group_size] for i in range(0, len(episodes), stage.group_size)]
+            own.append(Episode(problem, completion, text, reward, value))
+        made = self.everyone([own[i : i + stage.group_size] for i in range(0, len(own), stage.group_size)])
+        whole = [made[i % ranks][i // ranks] for i in range(count)]
+        if stage.random_reward:
+            for episode in (e for group in whole for e in group):
+                episode.value = float(rng.random() < 0.5)
+        return whole

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from jevons.plan.fit import check_fits, stage_configs, table_config
 from jevons.plan.price import plan_line
 from jevons.reason.grpo import GRPO
 from jevons.recipe import DataTable, GRPOStage, PretrainStage, Recipe, SFTStage
+from jevons.recipe.mesh import check_model, check_recipe
 from jevons.runtime import Runtime
 from jevons.tasks.base import Task
 from jevons.train.pretrain import Pretrain
@@ -39,6 +39,8 @@ def first_config(recipe: Recipe) -> ModelConfig:
 def check(recipe: Recipe, task: Task | None, runtime: Runtime) -> dict[int, int]:
     """How many examples each SFT stage has. Raises ValueError for what could only fail later, with the directory begun."""
     config, examples = first_config(recipe), {}
+    check_model(recipe.mesh, config)
+    check_recipe(recipe.mesh, recipe)
     ranks, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # torchrun's
     memory = runtime.gpu_memory_gib if runtime.device == "cuda" else runtime.memory_gib
     if memory:  # a machine that does not say has enough
@@ -85,10 +87,9 @@ def rows_of(data: DataTable, stage: PretrainStage) -> DataTable:
     return data.model_copy(update={"seq_len": stage.context}) if stage.context else data
 
 
-def pretrain(recipe: Recipe, index: int, model: CausalLM, tokenizer: Tokenizer, task: Task | None, directory: Path,
-             on_progress: OnProgress) -> Pretrain:
+def pretrain(recipe: Recipe, index: int, stage: PretrainStage, model: CausalLM, tokenizer: Tokenizer, task: Task | None,
+             directory: Path, on_progress: OnProgress) -> Pretrain:
     """On the recipe's text, tokenised below `directory` where it is not yet, or on the task's worked solutions."""
-    stage: Any = recipe.stages[index]
     seed = recipe.seed + APART * sum(isinstance(s, PretrainStage) for s in recipe.stages[:index])
     if recipe.data is None:
         return Pretrain(model, tokenizer, task, stage, seed)

@@ -16,15 +16,17 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from jevons.recipe.data import DataTable, SourceTable
 from jevons.recipe.finetune import DistilStage, FinetuneStage, SFTStage
 from jevons.recipe.guard import GuardTable
+from jevons.recipe.mesh import MeshError, MeshTable
 from jevons.recipe.precision import PrecisionTable
 from jevons.recipe.schedule import SCHEDULED, TAGS, Phase
 from jevons.recipe.stages import DIRECTORY_NAME, EvalStage, GRPOStage, PretrainStage
 from jevons.recipe.tables import CostTable, ModelTable, OptimizerTable, PlanTable, Table, TaskTable, TokenizerTable
 
 __all__ = [
-    "RECIPE_DIR", "CostTable", "DataTable", "DistilStage", "EvalStage", "FinetuneStage", "GRPOStage", "GuardTable", "ModelTable",
-    "OptimizerTable", "Phase", "PlanTable", "PrecisionTable", "PretrainStage", "Recipe", "RecipeError", "SFTStage",
-    "SourceTable", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe", "parse_recipe", "with_overrides",
+    "CostTable", "DataTable", "DistilStage", "EvalStage", "FinetuneStage", "GRPOStage", "GuardTable", "MeshError",
+    "MeshTable", "ModelTable", "OptimizerTable", "Phase", "PlanTable", "PrecisionTable", "PretrainStage", "RECIPE_DIR",
+    "Recipe", "RecipeError", "SFTStage", "SourceTable", "Stage", "TaskTable", "TokenizerTable", "find_recipe", "load_recipe",
+    "parse_recipe", "with_overrides",
 ]
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 Stage = Annotated[PretrainStage | SFTStage | DistilStage | GRPOStage | EvalStage, Field(discriminator="kind")]
@@ -44,6 +46,7 @@ class Recipe(Table):
     tokenizer: TokenizerTable = TokenizerTable()
     cost: CostTable = CostTable()
     guard: GuardTable = GuardTable()
+    mesh: MeshTable = MeshTable()
     precision: PrecisionTable = PrecisionTable()
     plan: PlanTable = PlanTable()
     stages: list[Stage] = Field(min_length=1)
@@ -79,8 +82,8 @@ class Recipe(Table):
 
 
 _TABLES = {"model": ModelTable, "task": TaskTable, "tokenizer": TokenizerTable, "cost": CostTable, "optimizer": OptimizerTable,
-           "data": DataTable, "guard": GuardTable, "plan": PlanTable, "precision": PrecisionTable, "sources": SourceTable,
-           "student": ModelTable, "validation": SourceTable} | dict.fromkeys(SCHEDULED, Phase)
+           "data": DataTable, "guard": GuardTable, "mesh": MeshTable, "plan": PlanTable, "precision": PrecisionTable,
+           "sources": SourceTable, "student": ModelTable, "validation": SourceTable} | dict.fromkeys(SCHEDULED, Phase)
 _KINDS = {"pretrain": PretrainStage, "sft": SFTStage, "distil": DistilStage, "grpo": GRPOStage, "eval": EvalStage}
 
 

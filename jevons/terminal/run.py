@@ -68,14 +68,21 @@ def _numbers(record: dict[str, Any]) -> str:
 
 
 def run_recipe(name: str, out: Path | None, only_stage: str | None = None, address: tuple[str, int] | None = None,
-               serve_after: bool = False, device: str = "cpu", sets: list[str] | None = None) -> None:
-    """`jevons run`, and with an `address` `jevons up`."""
+               serve_after: bool = False, device: str = "cpu", sets: list[str] | None = None, mesh: str | None = None) -> None:
+    """`jevons run`, and with an `address` `jevons up`. `mesh` takes the place of the recipe's."""
     from jevons.recipe import load_recipe
+    from jevons.recipe.mesh import check_processes, override, processes
     from jevons.tasks.registry import load_task
 
     console, runtime = Console(stderr=True), use_threads(device)
     recipe, text = load_recipe(name, sets)
     out = out or Path("runs") / recipe.name
+    if mesh is not None:
+        recipe = recipe.model_copy(update={"mesh": override(recipe.mesh, mesh)})
+    check_processes(recipe.mesh, processes())
+    if processes() > 1 and address is not None:
+        raise ValueError("`jevons up` trains and serves in one process; `jevons run` under torchrun, then `jevons serve`, would "
+                         "be right")
     task = load_task(recipe.task.name, recipe.task.args) if recipe.task else None
     describe = getattr(task, "describe", None)
     with contextlib.ExitStack() as stack:
@@ -90,6 +97,8 @@ def run_recipe(name: str, out: Path | None, only_stage: str | None = None, addre
         final = _run(recipe, text, out, console, stop, beside, only_stage, runtime)
         if final is None:
             raise SystemExit(stop.code)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
         _summary(out, console)
         if beside is not None and serve_after and only_stage is None:
             from jevons.store.checkpoint import load_checkpoint
@@ -107,16 +116,44 @@ def _run(recipe: Any, text: str, out: Path, console: Console, stop: StopSignal, 
     from jevons.reason.pipeline import Run
     from jevons.train.loop import Interrupted
 
+    if recipe.mesh.size > 1:
+        from jevons.train.parallel.mesh import World
+
+        world = World.open(recipe.mesh, runtime.device)
+        if not world.leads:
+            return _follow(recipe, text, out, stop, world, runtime)
+    else:
+        world = None
     watch = Watch(console, stop, beside)
-    job = Run(recipe, text, out, watch, runtime)
+    job = Run(recipe, text, out, watch, runtime, world)
     try:
         try:
-            return job.execute(only_stage)
+            if world is None:
+                return job.execute(only_stage)
+            with world.lost():
+                final = job.execute(only_stage)
+            world.close()
+            return final
         finally:
             if watch.bar.tasks:  # begun by the first stage: a run that is refused leaves no blank line
                 watch.bar.stop()
     except Interrupted as reason:
         console.print(f"{reason}. The same command goes on from there.", soft_wrap=True, markup=False)
+        return None
+
+
+def _follow(recipe: Any, text: str, out: Path, stop: StopSignal, world: Any, runtime: Any) -> Path | None:
+    """The run on a process that does not lead."""
+    from jevons.reason.follow import Follower, Quiet
+    from jevons.train.loop import Interrupted
+
+    stop.notice = ""
+    try:
+        with world.lost():
+            Follower(recipe, text, out, Quiet(stop), runtime, world).execute()
+        world.close()
+        return out
+    except Interrupted:
         return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from jevons.train.objective import LossParts, Objective
 from jevons.train.optim import build_optimizers
 from jevons.train.schedule import lr_factor
 from jevons.train.state import Progress, States
+
+if TYPE_CHECKING:  # what one process does without takes a second to import
+    from jevons.train.parallel.base import Parallel
 
 __all__ = ["Interrupted", "Loop", "LoopSettings", "Progress", "TrainingDiverged"]
 
@@ -56,6 +59,7 @@ class LoopSettings:
     may_abandon: bool = True  # ask it within steps too, and leave a step that has changed nothing yet
     peak_flops: float | None = None  # a second, of this machine's own matrix products in `dtype`
     on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None  # after every step: progress, chat
+    parallel: Parallel | None = None  # the layout over many processes
 
     def precision(self) -> str:
         """What the numbers of a step depend on: the products' precision, in words."""
@@ -76,14 +80,17 @@ class StepResult:
 class Loop:
     def __init__(self, model: CausalLM, objective: Objective, settings: LoopSettings, log: MetricsLog):
         self.model, self.objective, self.settings, self.log = model, objective, settings, log
-        self.optimizers = build_optimizers(model, settings.optimizer, settings.moments)
+        self.parallel = settings.parallel
         set_training_precision(model, settings.fp8)
+        if self.parallel:
+            self.parallel.prepare(model, objective)
+        self.optimizers = build_optimizers(model, settings.optimizer, settings.moments)
         self._pool: ThreadPoolExecutor | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = Progress()
         self.guard = Guard(settings.guard, objective.watch_loss)
         self.meter = Meter(settings.peak_flops)
-        self.states = States(self)
+        self.states = self.parallel.states(self) if self.parallel else States(self)
         objective.interrupt = self._interrupt
 
     def run(self) -> Progress:
@@ -134,22 +141,28 @@ class Loop:
         self._result = result
         for index, update in enumerate(self.objective.next_batch(data_step)):
             load: torch.Tensor | None = None
-            loss = 0.0
-            for micro, (parts, grads) in zip(update, self._gradients(update), strict=True):
+            update = self.parallel.own(update) if self.parallel else update
+            loss, sums = 0.0, {}
+            for place, (micro, (parts, grads)) in enumerate(zip(update, self._gradients(update), strict=True)):
                 for parameter, grad in zip(self._parameters, grads, strict=True):
                     if grad is not None:
                         parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-                for key, value in parts.sums.items():
-                    result.sums[key] = result.sums.get(key, 0.0) + value
+                counts = not self.parallel or self.parallel.real(place)
+                for key, value in (parts.sums | {"flops": self.objective.flops(micro) * counts}).items():
+                    sums[key] = sums.get(key, 0.0) + value
                 if parts.load_RE is not None:
                     load = parts.load_RE if load is None else load + parts.load_RE
                 loss += parts.loss.item()
-                result.flops += self.objective.flops(micro)
                 self._interrupt()
             if update:
+                if self.parallel:
+                    load, loss = self.parallel.reduce(sums, load, loss)
                 why = self._update(result, load, loss)
                 if why is not None:
                     self._note_bad(data_step, index, update, why)
+            result.flops += sums.pop("flops", 0.0)
+            for key, value in sums.items():
+                result.sums[key] = result.sums.get(key, 0.0) + value
         if result.changed:
             self.progress.bad_in_a_row = 0
         elif result.bad is not None:
@@ -168,11 +181,18 @@ class Loop:
         place = self.model.embed_tokens.weight.device
         device, dtype = place.type, self.settings.dtype
 
-        def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
+        def loss(micro: Any) -> LossParts:
             # autocast's cache of cast weights is one for all threads, and whoever ends first empties it: whether a weight's
             # gradients were summed in bf16 or float32 would be a race
             with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                parts = self.objective.loss(on_device(micro, place))
+                return self.objective.loss(on_device(micro, place))
+
+        if self.parallel:
+            yield from ((parts, (None,) * len(self._parameters)) for parts in self.parallel.gradients(update, loss))
+            return
+
+        def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
+            parts = loss(micro)
             return parts, torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)
 
         threads = min(len(update), torch.get_num_threads())
@@ -186,7 +206,8 @@ class Loop:
 
     def _update(self, result: StepResult, load: torch.Tensor | None, loss: float) -> str | None:
         """One optimizer step, or why none was made."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.grad_clip)
+        clip = self.parallel.clip if self.parallel else torch.nn.utils.clip_grad_norm_
+        norm = clip(self.model.parameters(), self.settings.optimizer.grad_clip)
         result.grad_norm = norm.item()
         why = self.guard.judge(result.grad_norm, loss)
         if why is None:

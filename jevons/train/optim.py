@@ -7,11 +7,13 @@ held to torch's by a test.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from jevons.numerics import upcast
 from jevons.recipe import OptimizerTable
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -19,9 +21,9 @@ NS_STEPS = 5
 
 
 def orthogonalise(g_BMN: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz: each matrix's singular values pushed to about 1 (quintic iteration, bf16 as torch's Muon)."""
+    """Newton-Schulz: each matrix's singular values pushed to about 1 (quintic iteration, bf16 as torch's Muon; float64 stays)."""
     a, b, c = NS_COEFFICIENTS
-    x = g_BMN.bfloat16()
+    x = g_BMN if g_BMN.dtype == torch.float64 else g_BMN.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.transpose(1, 2)
@@ -47,6 +49,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            sharded: list[tuple[nn.Parameter, torch.Tensor]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -57,15 +60,22 @@ class Muon(torch.optim.Optimizer):
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                rows = self.parts[p]
-                for weight, u in zip(p.split(rows, dim=-2), update.split(rows, dim=-2), strict=True):
+                rows, target = self.parts[p], p
+                if hasattr(p, "full_tensor"):  # sharded: whole matrices are needed: gathered, and the change goes back in parts
+                    update, target = update.full_tensor(), torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+                    sharded.append((p, target))
+                for weight, u in zip(target.split(rows, dim=-2), update.split(rows, dim=-2), strict=True):
                     by_shape.setdefault(tuple(u.shape[-2:]), []).append((weight, u))
             for (rows, columns), pairs in by_shape.items():
                 stacked = torch.cat([u.reshape(-1, rows, columns) for _, u in pairs])
-                ortho = orthogonalise(stacked).to(torch.float32)
+                ortho = upcast(orthogonalise(stacked))
                 scale = -group["lr"] * math.sqrt(max(1.0, rows / columns))
                 for (weight, u), o in zip(pairs, ortho.split([u.numel() // (rows * columns) for _, u in pairs]), strict=True):
                     weight.add_(o.reshape(u.shape), alpha=scale)
+            for p, change in sharded:
+                from jevons.train.parallel.fsdp import sharded_like
+
+                p.add_(sharded_like(change, p))
 
 
 class AdamWBF16(torch.optim.AdamW):
@@ -97,8 +107,11 @@ def build_optimizers(model: nn.Module, table: OptimizerTable, moments: str = "fl
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: rows for n, rows in model.matrix_parts().items() if n in parameters} if table.matrices == "muon" else {}
     rest = [p for name, p in parameters.items() if name not in matrices]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": table.weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    by_mesh: dict[Any, list[nn.Parameter]] = {}  # one fused update takes parameters of one mesh
+    for p in rest:
+        by_mesh.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    groups = [{"params": [p for p in own if (p.dim() >= 2) == decayed], "weight_decay": table.weight_decay if decayed else 0.0}
+              for own in by_mesh.values() for decayed in (True, False)]
     optimizers: list[torch.optim.Optimizer] = [
         adam([g for g in groups if g["params"]], lr=table.lr, betas=table.betas, fused=True)]
     if matrices:
@@ -131,7 +144,7 @@ def load_optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimi
             if parameter is None or int(index) >= len(owned) or parameter not in owned[int(index)]:
                 raise ValueError(f"train state: {name} belongs to no parameter that optimizer {index} trains; it is another "
                                  "model's or another optimizer's state")
-            if value.dim() and value.dtype != moments[int(index)]:
+            if value.dim() and torch.bfloat16 in (value.dtype, moments[int(index)]) and value.dtype != moments[int(index)]:
                 raise ValueError(f"train state: {name} is {value.dtype}, and this run's optimizer keeps {moments[int(index)]}; "
                                  "precision.moments is not what the state was saved with")
             # AdamW's step count stays where it is

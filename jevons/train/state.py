@@ -103,7 +103,12 @@ class States:
         self._writer.submit(write)
 
     def _newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        return load_latest(self._loop.settings.directory)
+        directory = self._loop.settings.directory
+        if any(directory.glob("train_state/dcp-*")):  # many processes left it
+            from jevons.train.parallel.state import load_any
+
+            return load_any(directory)
+        return load_latest(directory)
 
     def _load(self, step: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
         return load_step(self._loop.settings.directory, step)

@@ -1,0 +1,5 @@
+"""`python -m jevons`, and `torchrun -m jevons`."""
+
+from jevons.cli import main
+
+main()
