@@ -100,5 +100,5 @@ def test_torch_is_found_wherever_it_hides():
 def test_the_package_stays_small():
     sizes = {p: sum(1 for line in p.read_text(encoding="utf-8").splitlines() if line.strip()) for p in files()}
     longest = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files()}
-    assert sum(sizes.values()) < 16_000
+    assert sum(sizes.values()) < 18_000
     assert {name: n for name, n in longest.items() if n > 400} == {}

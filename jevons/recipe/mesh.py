@@ -111,8 +111,8 @@ def check_recipe(mesh: MeshTable, recipe: Any) -> None:
     for index, stage in enumerate(recipe.stages):
         name = recipe.stage_name(index)
         if stage.kind == "distil":
-            raise MeshError(f"stage {name}: a teacher samples and teaches in one process; the mesh {mesh.shown} would be right for "
-                            "the stages before and after, by `--stage` and `--mesh`")
+            raise MeshError(f"stage {name}: a teacher samples and teaches in one process; the mesh {mesh.shown} would be right "
+                            "for the stages before and after, by `--stage` and `--mesh`")
         if getattr(stage, "ema_decay", None):
             raise MeshError(f"stage {name}: ema_decay averages whole weights, and the mesh {mesh.shown} shards them; 0 would be "
                             "right, or one process")

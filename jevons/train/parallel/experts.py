@@ -91,7 +91,8 @@ class SpreadBank(ExpertBank):
         order = routing.experts_NK.flatten().argsort(stable=True)  # by expert, so by the process that holds it
         cell_M = torch.empty_like(order).index_copy_(0, order, torch.arange(n * k, device=order.device))
         there, back = ("fp8", "bf16") if self.fp8 else ("same", "same")
-        x_MD = _Travel.apply(fused.dispatch(x_ND, cell_M.view(n, k), n * k, x_ND.dtype), arriving, leaving, self.group, there, back)
+        x_MD = fused.dispatch(x_ND, cell_M.view(n, k), n * k, x_ND.dtype)
+        x_MD = _Travel.apply(x_MD, arriving, leaving, self.group, there, back)
         expert_M = torch.arange(got_RE.shape[1], device=order.device).repeat(self.ranks).repeat_interleave(got_RE.flatten())
         rows_E = got_RE.sum(0)
         if not len(expert_M):  # a row of zeros: the weights must have a gradient, for others wait to add theirs
