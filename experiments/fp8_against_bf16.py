@@ -36,7 +36,7 @@ MTP_WEIGHT, BALANCE_SPEED = 0.3, 0.001
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 SIZES = {
     "2M": dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384, moe_intermediate_size=48),
-    "10M": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024, moe_intermediate_size=128,
+    "10M": dict(hidden_size=384, num_hidden_layers=5, num_attention_heads=6, intermediate_size=1024, moe_intermediate_size=128,
                 q_lora_rank=128, kv_lora_rank=128),
 }
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import nano, qwen2
-from test_loop import Noise, metrics, model_of, run, timeless
+from test_loop import Noise, model_of, run
+from whole_runs import metrics, timeless, write_recipe
 
 from jevons.model import build_model
 from jevons.model.precision import fp8_settings, set_training_precision
@@ -434,7 +435,6 @@ mask_truncated = false
 
 def test_a_recipe_in_fp8_trains_and_its_rollouts_work(tmp_path):
     from test_pipeline import run as run_recipe
-    from whole_runs import write_recipe
 
     seen = {}
     for name, text in (("fp8", RECIPE), ("float32", RECIPE.replace('"fp8"', '"float32"'))):
