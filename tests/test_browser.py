@@ -484,4 +484,14 @@ def test_live_page_follows_the_metrics_file(site):
     assert page.locator(".cells").count() == 4
     page.locator(".plot").first.hover()
     assert page.locator(".cursor").count() > 1
+    assert page.locator("#costs tbody tr").count() == 2 * 11, "no row for energy, of which nothing was said"
+    used = sum(line["flops"] for line in lines if line["kind"] == "step" and line["stage"] == "grpo")
+    costs = page.locator("#costs").inner_text()
+    assert f"{float(f'{used / 1e9:.3g}'):g} GFLOP" in costs
+    write(lines[: steps[5]] + lines[steps[5] + 1 :])
+    page.wait_for_function("t => document.querySelector('#costs').innerText !== t", arg=costs)
+    end = steps[-1] + 1
+    write(lines[:end] + [{"kind": "rollback", "stage": "grpo", "step": 20, "to_step": 12, "data_from": 12, "data_to": 20}])
+    page.get_by_text("grpo: at step 20 back to step 12, and on past the data of steps 12 to 20").wait_for()
+    assert page.locator(".chart", has_text="Reward and accuracy").locator(".curve").first.get_attribute("d").count("L") == 11
     assert (site.said, site.foreign) == ([], [])

@@ -541,3 +541,49 @@ def test_a_recipe_that_does_not_fit_is_refused_with_its_plan():
     less = training_bytes(config, stage.model_copy(update={"micro_batch_tokens": 1024}))["activations"]
     assert less == parts["activations"] / 8
     assert training_bytes(config, stage.model_copy(update={"micro_batch_tokens": 1024}), threads=2)["activations"] == 2 * less
+
+
+def test_a_run_that_does_not_fit_leaves_no_directory(tmp_path):
+    from test_pipeline import Quiet
+
+    from jevons.reason.pipeline import Run
+
+    text = RECIPE.format(width=65536).replace("[[stages]]", '[task]\nname = "countdown"\n[[stages]]')
+    with pytest.raises(PlanError, match="does not fit"):
+        Run(parse_recipe(text), text, tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+# -- whole stages ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_may_end_with_its_best_weights(tmp_path, monkeypatch):
+    """The validation loss only grows: the first state saved is the best, and the next stage starts from it."""
+    import whole_runs
+    from safetensors.torch import load_file
+    from test_pipeline import Quiet
+
+    from jevons.reason.pipeline import Run
+    from jevons.recipe import load_recipe
+    from jevons.store.checkpoint import read_provenance
+    from jevons.train.pretrain import Pretrain
+
+    own = Pretrain.metrics
+    monkeypatch.setattr(Pretrain, "metrics", lambda self, sums: (record := own(self, sums)) | {"val_loss": 9 - record["loss"]})
+    text = whole_runs.RECIPE.split("[[stages]]\nkind = \"grpo\"")[0].replace("[cost]", "[guard]\nuse_best = true\n[cost]")
+    recipe, text = load_recipe(str(whole_runs.write_recipe(tmp_path, text)))
+    kept = {}
+
+    class Keeping(Quiet):
+        def on_step(self, record, budget):
+            super().on_step(record, budget)
+            for path in (tmp_path / "out" / "stages" / "00-pretrain" / "train_state").glob("step-????????"):
+                kept.setdefault(int(path.name[5:]), load_file(path / "state.safetensors"))
+
+    stage = tmp_path / "out" / "stages" / "00-pretrain"
+    final = Run(recipe, text, tmp_path / "out", Keeping()).execute()
+    best = read_provenance(stage)["weights_of_step"]
+    assert best < read_provenance(stage)["steps"] and best in kept
+    for directory in (stage, final):
+        weights = load_file(directory / "model.safetensors")
+        assert torch.equal(weights["model.embed_tokens.weight"], kept[best]["model.embed_tokens.weight"])
