@@ -110,7 +110,8 @@ def nanogpt(directory: Path, data: Path, settings: Settings, threads: int) -> di
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "prepare.py"], cwd=prepared, check=True, stdout=subprocess.DEVNULL)
         command = [sys.executable, "-u", "train.py", *PUBLISHED, f"--max_iters={settings.steps}",
-                   f"--lr_decay_iters={settings.steps}", f"--eval_iters={settings.eval_iters}", f"--eval_interval={settings.every}"]
+                   f"--lr_decay_iters={settings.steps}", f"--eval_iters={settings.eval_iters}",
+                   f"--eval_interval={settings.every}"]
         process = subprocess.Popen(command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
         found = read_log(process.stdout, settings.every)
@@ -151,9 +152,9 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
     lines = ["| | Active parameters | All | Characters | Validation loss | Steps to 1.88 | Seconds to 1.88 | Seconds |",
              "|---|---|---|---|---|---|---|---|"]
     for name, side in sides.items():
-        hit = reached(side["curve"])
-        lines.append(f"| {name} | {side['active']:,} | {side['parameters']:,} | {side['characters']:,} "
-                     f"| {side['curve'][-1][1]:.3f} | {hit[0] if hit else 'not reached'} | {f'{hit[1]:.1f}' if hit else '-'} | {side['curve'][-1][2]:.1f} |")
+        hit, last = reached(side["curve"]), side["curve"][-1]
+        lines.append(f"| {name} | {side['active']:,} | {side['parameters']:,} | {side['characters']:,} | {last[1]:.3f} "
+                     f"| {hit[0] if hit else 'not reached'} | {f'{hit[1]:.1f}' if hit else '-'} | {last[2]:.1f} |")
     if len(sides) == 2:
         a, b = sides["nanoGPT"], sides["ours"]
         lines.append("")
