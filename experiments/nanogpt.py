@@ -46,7 +46,7 @@ class Settings:
     steps: int = 2000
     every: int = 100  # steps between evaluations
     eval_iters: int = 100
-    experts: int = 16
+    experts: int = 8
     chosen: int = 2
     inter: int = 120
     lr: float = 4e-3
@@ -62,7 +62,7 @@ def config_of(settings: Settings, vocab: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab, hidden_size=128, intermediate_size=368, moe_intermediate_size=settings.inter, num_hidden_layers=4,
         num_attention_heads=4, n_routed_experts=settings.experts, n_shared_experts=1, num_experts_per_tok=settings.chosen,
-        first_k_dense_replace=0, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
+        first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
         max_position_embeddings=LENGTH, initializer_range=0.02, aux_loss_alpha=0.0, tie_word_embeddings=True,
         num_nextn_predict_layers=int(settings.mtp > 0))
 
