@@ -52,8 +52,8 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=768, moe_intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, n_routed_experts=args.side_experts, n_shared_experts=1, num_experts_per_tok=2, n_group=4,
-        topk_group=2, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-        max_position_embeddings=512, initializer_range=0.02, aux_loss_alpha=0.0)
+        topk_group=2, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32,
+        v_head_dim=64, max_position_embeddings=512, initializer_range=0.02, aux_loss_alpha=0.0)
 
 
 def rows_of(step: int, args: argparse.Namespace, vocab: int) -> torch.Tensor:
@@ -160,9 +160,9 @@ def theirs(checkpoint: Path, args: argparse.Namespace, turn: Turn) -> None:
         options = TrainingArguments(
             output_dir=room, per_device_train_batch_size=args.rows, max_steps=10**6, use_cpu=True,
             bf16=args.side_precision == "bf16", learning_rate=LR, weight_decay=DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
-            max_grad_norm=CLIP, optim="adamw_torch_fused", lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
-            eval_strategy="no", report_to=[], disable_tqdm=True, dataloader_num_workers=settings["workers"], train_sampling_strategy="sequential", dataloader_pin_memory=False,
-            torch_compile=settings["compile"])
+            max_grad_norm=CLIP, optim="adamw_torch_fused", lr_scheduler_type="constant", logging_strategy="no",
+            save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
+            dataloader_num_workers=settings["workers"], dataloader_pin_memory=False, torch_compile=settings["compile"])
         Noted(model, options, train_dataset=Data(), callbacks=[Clock(on_step, wait)]).train()
 
     def cost(settings: dict[str, Any]) -> float:

@@ -82,7 +82,8 @@ def table(results: list[dict[str, Any]]) -> str:
              "|---|---|---|---|---|---|",
              f"| off | {mean([rows['off', s]['valid_loss'] for s in seeds]):.4f} | - | - | - | - |",
              f"| on | {mean([r['valid_loss'] for r in on]):.4f} "
-             f"| {difference[0]:+.4f} ({difference[1]:+.4f} to {difference[2]:+.4f}) | {mean([r['mtp_loss'] for r in on]):.4f} | {mean([r['acceptance_on_text'] for r in on]):.1%} "
+             f"| {difference[0]:+.4f} ({difference[1]:+.4f} to {difference[2]:+.4f}) "
+             f"| {mean([r['mtp_loss'] for r in on]):.4f} | {mean([r['acceptance_on_text'] for r in on]):.1%} "
              f"| {mean([r['acceptance_generated'] for r in on]):.1%} |"]
     return "\n".join(lines)
 

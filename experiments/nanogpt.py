@@ -46,7 +46,7 @@ class Settings:
     steps: int = 2000
     every: int = 100  # steps between evaluations
     eval_iters: int = 100
-    experts: int = 16
+    experts: int = 8
     chosen: int = 2
     inter: int = 120
     lr: float = 4e-3
@@ -62,7 +62,7 @@ def config_of(settings: Settings, vocab: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab, hidden_size=128, intermediate_size=368, moe_intermediate_size=settings.inter, num_hidden_layers=4,
         num_attention_heads=4, n_routed_experts=settings.experts, n_shared_experts=1, num_experts_per_tok=settings.chosen,
-        first_k_dense_replace=0, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
+        first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
         max_position_embeddings=LENGTH, initializer_range=0.02, aux_loss_alpha=0.0, tie_word_embeddings=True,
         num_nextn_predict_layers=int(settings.mtp > 0))
 
@@ -110,7 +110,8 @@ def nanogpt(directory: Path, data: Path, settings: Settings, threads: int) -> di
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "prepare.py"], cwd=prepared, check=True, stdout=subprocess.DEVNULL)
         command = [sys.executable, "-u", "train.py", *PUBLISHED, f"--max_iters={settings.steps}",
-                   f"--lr_decay_iters={settings.steps}", f"--eval_iters={settings.eval_iters}", f"--eval_interval={settings.every}"]
+                   f"--lr_decay_iters={settings.steps}", f"--eval_iters={settings.eval_iters}",
+                   f"--eval_interval={settings.every}"]
         process = subprocess.Popen(command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
         found = read_log(process.stdout, settings.every)
@@ -151,9 +152,9 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
     lines = ["| | Active parameters | All | Characters | Validation loss | Steps to 1.88 | Seconds to 1.88 | Seconds |",
              "|---|---|---|---|---|---|---|---|"]
     for name, side in sides.items():
-        hit = reached(side["curve"])
-        lines.append(f"| {name} | {side['active']:,} | {side['parameters']:,} | {side['characters']:,} "
-                     f"| {side['curve'][-1][1]:.3f} | {hit[0] if hit else 'not reached'} | {f'{hit[1]:.1f}' if hit else '-'} | {side['curve'][-1][2]:.1f} |")
+        hit, last = reached(side["curve"]), side["curve"][-1]
+        lines.append(f"| {name} | {side['active']:,} | {side['parameters']:,} | {side['characters']:,} | {last[1]:.3f} "
+                     f"| {hit[0] if hit else 'not reached'} | {f'{hit[1]:.1f}' if hit else '-'} | {last[2]:.1f} |")
     if len(sides) == 2:
         a, b = sides["nanoGPT"], sides["ours"]
         lines.append("")
