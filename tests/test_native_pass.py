@@ -218,5 +218,29 @@ def test_settled_weights_are_the_same_ones(net, kind):
     meta = build_meta(both.table, [0, 0, 0], [4, 2, 5], PAGE)
     tokens = torch.tensor(random_ids(11))
     with torch.inference_mode():
-        outs = [m.logits(m(tokens, meta.positions_N, c, meta)) for m, c in zip((model, settled), both.caches, strict=True)]
+        pairs = zip((model, settled), both.caches, strict=True)
+        outs = [m.logits(m(tokens, meta.positions_N, cache, meta)) for m, cache in pairs]
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("kind", [None, "bf16", "int8"])
+def test_threads_do_not_change_a_bit(kind, rows):
+    """Wide enough that threads share every product."""
+    model = lively(nano(hidden_size=1024, intermediate_size=1024, moe_intermediate_size=256, num_attention_heads=8,
+                        qk_nope_head_dim=64, kv_lora_rank=256, v_head_dim=64, max_position_embeddings=640))
+    if kind:
+        pack(model, kind)
+    outs, threads = [], torch.get_num_threads()
+    tables, tokens = torch.randperm(rows * 16).view(rows, 16), torch.tensor(random_ids(rows))
+    cells = torch.randn(model.config.num_hidden_layers, rows * 16, 32, 256 + model.config.qk_rope_head_dim)
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            with torch.inference_mode():
+                meta, cache = build_meta(tables, torch.full((rows,), 500), None, 32), KVCache(model.config, rows * 16, 32)
+                cache.data.copy_(cells)
+                outs.append(model.native(None, tokens, meta.positions_N, model.rope, cache, meta))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])

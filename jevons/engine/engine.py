@@ -35,9 +35,10 @@ from jevons.plan import count_parameters
 
 PAGE = 32
 SMALL = 8_000_000  # parameters; threads that share a smaller model's operations on a CPU cost more than they give
-SHARED = 48  # rows of a small model from which every core decodes its share of them by itself
+SHARED = 16  # rows, or prompts, of a small model from which every core runs its share of them by itself
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 CHUNK = 512  # tokens of prompts that run between two tokens of those that decode
+LEAST_CHUNK = 8  # fewer, and a prompt would read the weights too often
 
 
 class Engine:
@@ -129,8 +130,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Decode for every running sequence, and run a chunk of the prompts that wait."""
-        events, self._events = self._events, []
-        threads = torch.get_num_threads()
+        events, self._events, threads = self._events, [], torch.get_num_threads()
         try:
             if self._alone and threads > 1:
                 torch.set_num_threads(1)
@@ -196,7 +196,7 @@ class Engine:
         if self.scheduler.running:
             budget = CHUNK
             if self.patient and self._prefill_rate:  # about as long as a decode step takes
-                budget = min(CHUNK, max(PAGE, int(self._decode_seconds * self._prefill_rate)))
+                budget = min(CHUNK, max(LEAST_CHUNK, int(self._decode_seconds * self._prefill_rate)))
         plan, begin = self.scheduler.plan_prefill(budget), time.perf_counter()
         if self.deterministic:  # chunks that depend on the prompt alone
             plan = [(oldest := self.scheduler.prefilling[0], min(CHUNK, oldest.goal - oldest.computed))]
@@ -209,9 +209,7 @@ class Engine:
         """Some tokens of some prompts; those that end give their first token and run from then on."""
         sequences, counts = [s for s, _ in chunks], [count for _, count in chunks]
         starts = [s.computed for s in sequences]
-        meta = build_meta(self.rows.tables(sequences), starts, counts, PAGE)
-        flat = [i for s, n in chunks for i in s.tokens[s.computed : s.computed + n]]
-        hidden = self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
+        hidden = torch.cat(self._by_cores(lambda first, end: self._read(chunks[first:end]), 0, len(chunks)))
         last = (np.cumsum(counts) - 1).tolist()
         fresh, events, ended = [], [], []
         for (sequence, count), at in zip(chunks, last, strict=True):
@@ -232,11 +230,24 @@ class Engine:
         if self.drafts:
             parts = [part for part in zip(sequences, starts, counts, last, strict=True) if part[0] not in ended]
             self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
-        for sequence in sequences:
-            if sequence not in ended:
-                self._register(sequence)
+        for sequence in (s for s in sequences if s not in ended):
+            self._register(sequence)
         self._end(ended)
         return events
+
+    def _by_cores(self, work: Callable[[int, int], Any], first: int, end: int) -> list[Any]:
+        """What `work(first, end)` gives; of many rows, or prompts, of a small model every core does its share."""
+        if self._pool is None or self.graphs is not None or end - first < SHARED:
+            return [work(first, end)]
+        cuts = [first + (end - first) * i // self._cores for i in range(self._cores + 1)]
+        return list(self._pool.map(work, cuts[:-1], cuts[1:]))
+
+    @torch.inference_mode()
+    def _read(self, chunks: list[tuple[Sequence, int]]) -> torch.Tensor:
+        """Hidden states of some tokens of some prompts, one prompt's after the other. Writes to their pages only."""
+        meta = build_meta(self.rows.tables([s for s, _ in chunks]), [s.computed for s, _ in chunks], [n for _, n in chunks], PAGE)
+        flat = [i for s, n in chunks for i in s.tokens[s.computed : s.computed + n]]
+        return self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
@@ -261,8 +272,7 @@ class Engine:
 
     def _grow(self, sequence: Sequence) -> None:
         """A page for the next token, at others' cost where none is left, and for its drafts where there is one."""
-        held = len(sequence.pages)
-        room, moves = self.scheduler.make_room(sequence, 1)
+        held, (room, moves) = len(sequence.pages), self.scheduler.make_room(sequence, 1)
         for source, row in moves:
             self.rows.move(source, row)
         if not room:
@@ -278,12 +288,7 @@ class Engine:
     def _decode_rows(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
         """One token for each of some consecutive rows. Returns those that ended."""
         first, end, rows = sequences[0].row, sequences[-1].row + 1, self.rows
-        if self._pool is not None and len(sequences) >= SHARED:
-            cuts = [first + len(sequences) * i // self._cores for i in range(self._cores + 1)]
-            parts = list(self._pool.map(self._next_tokens, cuts[:-1], cuts[1:]))
-            logits, tokens, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
-        else:
-            logits, tokens, logprobs = self._next_tokens(first, end)
+        logits, tokens, logprobs = map(torch.cat, zip(*self._by_cores(self._next_tokens, first, end), strict=True))
         ended = []
         for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
             sequence.computed += 1
@@ -345,8 +350,7 @@ class Engine:
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def _emit(self, sequence: Sequence, token: int, logprob: float, logits: torch.Tensor, row: int,
-              events: list[TokenEvent]) -> bool:
+    def _emit(self, sequence: Sequence, token: int, logprob: float, logits: torch.Tensor, row: int, events: list) -> bool:
         """Append a token sampled from a row of logits, or the one that is forced; whether it was the last."""
         request, reason = sequence.request, None
         if logprob != logprob:

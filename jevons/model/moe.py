@@ -18,7 +18,9 @@ from jevons.numerics import Fp8, Rows, fused, grouped_linear, kernels, swiglu_li
 from jevons.numerics.native import CChoice
 
 ALIGN = 32
-FEW_ROWS = 64  # tokens times experts of each: up to here one native call is faster than sorting rows for grouped products
+# Tokens times experts of each, and times the width of a token: up to here one native call is faster than sorting rows for grouped
+# products, and what it keeps is small.
+FEW_ROWS, FEW_NUMBERS = 4096, 2**22
 
 
 @dataclass
@@ -140,7 +142,8 @@ class ExpertBank(nn.Module):
             return None
         if not kernels.usable(x_ND) or not self.table.ready(self.gate_up_proj, self.down_proj, x_ND.dtype):
             return None
-        if routing.experts_NK.numel() > FEW_ROWS and not self.table.compact:
+        rows = routing.experts_NK.numel()
+        if (rows > FEW_ROWS or rows * x_ND.shape[1] > FEW_NUMBERS) and not self.table.compact:
             return None
         if shared is not None and not (shared.ready(x_ND) and shared.table.kinds == self.table.kinds):
             return None

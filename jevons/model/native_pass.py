@@ -23,7 +23,7 @@ from jevons.numerics.kernels import KINDS, ExpertTable
 from jevons.numerics.native import CChoice, CExpert, CRouted, CWeight, library
 from jevons.numerics.paged import Batch, Heads
 
-MOST_ROWS = {torch.float32: 256, torch.bfloat16: 64}  # rows up to which one native call beats torch's products
+MOST_ROWS = {torch.float32: 256, torch.bfloat16: 256}  # rows up to which one native call beats torch's products
 
 
 class CProjection(ctypes.Structure):
