@@ -3,8 +3,9 @@
     python benchmarks/gpu_compile.py [--only 16 --target 89] [--json FILE]
 
 For each shape of heads and each card: the tile that `triton_mla.tiles` chooses, shared memory against the card's limit,
-registers, bytes spilled, and the instructions that tell whether a compile went well: Hopper's `wgmma` or `mma` for products, `cp.async` for
-loads that overlap them. The arguments are specialised as a launch does it: from a call whose launch is recorded, not made.
+registers, bytes spilled, and the instructions that tell whether a compile went well: Hopper's `wgmma` or `mma` for products,
+`cp.async` for loads that overlap them. The arguments are specialised as a launch does it: from a call whose launch is recorded,
+not made.
 """
 
 from __future__ import annotations
