@@ -31,7 +31,6 @@ def main() -> None:
     if not args.rehearse and not torch.cuda.is_available():
         raise SystemExit(NO_GPU)
     results, failed = {}, []
-    # the fp8 products have their own benchmark where it is there
     for script in sorted(p for p in HERE.glob("gpu_*.py") if p.name not in ("gpu_all.py", "gpu_common.py")):
         print(f"== {script.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:

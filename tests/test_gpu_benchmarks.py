@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from jevons.numerics import triton_mla
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 OURS = ["gpu_mla_decode.py", "gpu_engine.py", "gpu_offload.py", "gpu_all.py"]
 
@@ -27,6 +29,14 @@ def run(monkeypatch):
 def test_without_a_gpu_each_says_so(script, run):
     with pytest.raises(SystemExit, match="needs a CUDA device"):  # a text ends the process with status 1
         run(script)
+
+
+@pytest.mark.skipif(triton_mla.triton is None, reason="triton is not installed")
+def test_the_attention_kernel_compiles_for_a_card_that_is_not_here(run, tmp_path):
+    """Into its shared memory, without spilling, loads overlapped: what the interpreter cannot tell."""
+    run("gpu_compile.py", "--only", "16 heads", "--target", "89", "--json", tmp_path / "rows.json")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["shared"] <= row["limit"] and row["spilled"] == 0 and row["mma"] > 0 and row["cp.async"] > 0
 
 
 @pytest.mark.parametrize("script,columns", [

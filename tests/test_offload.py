@@ -17,6 +17,7 @@ from jevons.model import KVCache, build_meta
 from jevons.model.offload import HALF_LIFE, HotExperts, OffloadedExperts, expert_bytes, place, watch_mapped
 from jevons.model.pack import pack
 from jevons.numerics.memory import resident
+from jevons.serve.ledger import Ledger
 from jevons.store.checkpoint import load_checkpoint, save_checkpoint
 
 CALLS = st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 7), min_size=1, max_size=4)), max_size=60)
@@ -102,6 +103,9 @@ def test_the_engine_serves_offloaded_experts_and_shows_the_hit_rate():
     for r, done in zip(asked, engine.generate(asked), strict=True):
         explain(plain, r, done.token_ids)
     stats = engine.stats()
+    ledger = Ledger()
+    ledger.watch(lambda: (0, 0), lambda: stats)
+    assert f"jevons_engine_expert_hit_rate {stats['expert_hit_rate']}" in ledger.metrics().decode()
     assert stats["expert_slots"] == 4 and 0 < stats["expert_hit_rate"] == stats["expert_hits"] / stats["expert_uses"] < 1
 
 

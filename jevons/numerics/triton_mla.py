@@ -63,12 +63,13 @@ def choose_splits(programs: int, longest: int, tile: int, sms: int) -> int:
 
 
 def tiles(heads: Heads, max_query: int, itemsize: int, shared_memory: int) -> tuple[int, int, int, int]:
-    """Rows (queries times heads of a group) and cells of a tile, warps and stages: the largest that shared memory holds."""
+    """Rows (queries times heads of a group) and cells of a tile, warps and stages: the largest that shared memory holds.
+    What compiles, and to what, is shown by benchmarks/gpu_compile.py without a GPU."""
     key, value = heads.plain + heads.rotary, 0 if _shared(heads) else heads.value
     wanted = _power(max_query * (heads.heads // heads.groups))
-    for rows, cells, warps, stages in ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)):
+    for rows, cells, warps, stages in ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)):
         held = (rows * key + stages * cells * (key + value)) * itemsize + rows * cells * 4
-        if (rows <= wanted or rows == 16) and held <= 0.9 * shared_memory:
+        if (rows <= wanted or rows == 16) and held <= 0.95 * shared_memory:
             return rows, cells, warps, stages
     return 16, 16, 4, 1
 

@@ -23,7 +23,7 @@ def context_that_fits(config: Any, sequences: int, model: Any = None) -> int:
 
         room, size = torch.cuda.mem_get_info()[0] * 3 // 4, model.embed_tokens.weight.itemsize
     else:
-        room, size = int(Runtime.detect("cpu").memory_gib * 2**29), 4
+        room, size = int(Runtime.detect().memory_gib * 2**29), 4
     tokens = room // (kv_bytes_per_token(config, size) * sequences)
     return config.max_position_embeddings if not tokens else min(config.max_position_embeddings, tokens)
 
