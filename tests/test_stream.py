@@ -340,20 +340,22 @@ def test_without_a_mask_documents_see_each_other_and_with_one_not(corpus, tmp_pa
     model, eos = lively(nano(vocab_size=288)), corpus[1].eos_id
     for mask in ("none", "document"):
         stream, _ = opened(corpus, tmp_path, mask=mask)
-        row = next(s for i in range(1000) if len(s := stream.parts[0].read(i, 0, True)) > 1)
-        window = next(i for i in range(1000) if stream.parts[0].read(i, 0, True) == row)
-        batch = pack(stream.parts[0].read(window, 0, mask == "document"), corpus[1].pad_id, 8)
+        part = stream.parts[0]
+        window = next(i for i in range(part.windows - 1) if len(r := part.read(i, 0, True)) > 1 and len(r[-1][0]) > 5)
+        row = part.read(window, 0, True)
+        batch = pack(part.read(window, 0, mask == "document"), corpus[1].pad_id, len(row))
         with torch.no_grad():
             hidden = model.forward_train(batch.tokens_N, batch.positions_N, batch.segments, mtp=False).hidden_ND
             logits = model.logits(hidden)
         last = row[-1][0]
         alone = plain_logits(model, last)
-        starts = [i for i in range(len(batch.tokens_N)) if batch.tokens_N[i : i + len(last)].tolist() == last]
-        there = logits[starts[0] : starts[0] + len(last)]
-        assert torch.allclose(there, alone, atol=1e-4) == (mask == "document")
-        assert batch.positions_N[starts[0]].item() == (0 if mask == "document" else sum(len(ids) for ids, _ in row[:-1]))
+        start = 32 - len(last) if mask == "none" else batch.order.index(len(row) - 1) * batch.segments[0][1]
+        there = slice(start, start + len(last))
+        assert batch.tokens_N[there].tolist() == last
+        assert torch.allclose(logits[there], alone, atol=1e-4) == (mask == "document")
+        assert batch.positions_N[there].tolist() == [i + start * (mask == "none") for i in range(len(last))]
         if mask == "none":
-            assert batch.tokens_N[starts[0] - 1] == eos and batch.weights_N[starts[0] - 1] == 1
+            assert batch.tokens_N[start - 1] == eos and batch.weights_N[start - 1] == 1
 
 
 def test_validation_is_the_mean_over_its_tokens(corpus, tmp_path):

@@ -133,7 +133,7 @@ def test_stopped_while_it_tokenises_it_says_so(tmp_path, whole):
 
 
 @pytest.mark.parametrize("old,new,message", [
-    ('path = "a.txt"', 'path = "no.txt"', "no.txt does not exist; a file, folder or glob"),
+    ('path = "a.txt"', 'path = "no.txt"', "`data.sources.0.path`: no.txt does not exist; a file"),
     ("batch_tokens = 256\nmicro", "batch_tokens = 250\nmicro", "batch_tokens is 250, no multiple of data.seq_len 32; 256 would "
      "be right"),
     ("micro_batch_tokens = 128", "micro_batch_tokens = 100", "micro_batch_tokens is 100, no multiple of data.seq_len 32"),

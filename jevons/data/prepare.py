@@ -32,10 +32,15 @@ def check_rows(stage: PretrainStage, table: DataTable, where: str, context: int)
 
 
 def check_sources(table: DataTable) -> None:
-    """Raises DataError for a source that does not exist here; what lies on a hub is asked for later."""
-    for source in [*table.sources, *(table.validation if isinstance(table.validation, list) else [])]:
-        if not source.path.startswith(HUB) and not is_shards(source):
-            find_files(source)
+    """Raises DataError naming the key of a source that does not exist here; what lies on a hub is asked for later."""
+    for key, sources in (("sources", table.sources), ("validation", table.validation)):
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            try:
+                if not source.path.startswith(HUB) and not is_shards(source):
+                    find_files(source)
+            except DataError as error:
+                path = f"data.{key}.{number}.path"
+                raise DataError(f"`{path}`: {error}; --set {path}=FILE names another") from None
 
 
 def is_shards(source: SourceTable) -> bool:
