@@ -112,6 +112,8 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_plan(tmp_path):
     assert said.startswith("recipe v3-671b, stage pretrain does not fit in memory; this machine has 1.1 GB, and it needs\n")
     for row in ("weights", "gradients", "optimizer", "average of the weights", "activations", "in all"):
         assert re.search(rf"^  {row} +[\d,.]+ GB$", said, re.M), row
+    with pytest.raises(ValueError, match="v3-sft.jsonl cannot be read: No such file"):  # what was not published either
+        Run(recipe, text, tmp_path / "out", Quiet(), replace(CPU, memory_gib=2e4))
     assert "`jevons plan v3-671b` says 66.8 of 80 GB on each of 2,048 x H800 SXM" in said
     assert not (tmp_path / "out").exists()
 

@@ -114,16 +114,19 @@ class Timeline:
     def steps(self) -> int:
         return len(self.bounds) - 1
 
+    def begin(self, step: int) -> int:
+        """Tokens before `step`; past the end every step is like the last."""
+        over = max(0, step - self.steps)
+        return self.bounds[step - over] + over * (self.bounds[-1] - self.bounds[-2])
+
     def batch(self, step: int) -> int:
-        """Tokens of `step`; past the end, those of the last."""
-        step = min(step, self.steps - 1)
-        return self.bounds[step + 1] - self.bounds[step]
+        return self.begin(step + 1) - self.begin(step)
 
     def span(self, step: int, length: int) -> tuple[int, int]:
         """(first, how many) rows of `length` tokens in `step`: every row in one step, none left out between."""
-        first, end = (self.bounds[min(i, self.steps)] // length for i in (step, step + 1))
+        first, end = (self.begin(i) // length for i in (step, step + 1))
         return first, end - first
 
     def value(self, schedule: float | Phases, step: int) -> float:
         """The schedule's value in `step`, counted from 0."""
-        return value_at(schedule, self.bounds[min(step, self.steps)], self.total)
+        return value_at(schedule, self.begin(step), self.total)
