@@ -90,7 +90,7 @@ class Result:
     model: torch.nn.Module | None  # whole, on the leader
 
 
-def train(directory, mesh=None, world=None, dtype=torch.float64, steps=6, matrices="muon", micros=4, save_every=1000, slow=0.0,
+def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matrices="muon", micros=4, save_every=1000, slow=0.0,
           **changes):
     """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits."""
     from jevons.train.parallel.layouts import layout

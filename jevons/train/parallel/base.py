@@ -91,19 +91,19 @@ class Parallel:
 
     # -- what is saved ------------------------------------------------------------------------------------------------
 
-    def save(self, directory: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        """The train state, sharded; written while training goes on where the mesh table says so."""
-        self._writer.save(directory, step, tensors, meta)
+    def save(self, directory: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], **kept: Any) -> None:
+        """The train state, sharded; written while training goes on where the mesh table says so. `kept`: see `state.Writer`."""
+        self._writer.save(directory, step, tensors, meta, **kept)
 
     def finish(self) -> None:
         """Wait until what was saved is whole. Raises StoreError where it could not be written."""
         self._writer.finish()
 
-    def load(self, directory: Path, model: CausalLM, others: dict[str, torch.Tensor],
+    def load(self, directory: Path, model: CausalLM, others: dict[str, torch.Tensor], step: int | None = None,
              ) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest whole state that any layout left, laid out as this one; only what this process needs of it."""
+        """The newest whole state that any layout left (or that of `step`), laid out as this one; only what this process needs."""
         self.world.meet()
-        found = self.world.tell(state.newest(directory) if self.world.leads else None)
+        found = self.world.tell(state.newest(directory, step) if self.world.leads else None)
         if found is None:
             return None
         meta = state.read_meta(found)
