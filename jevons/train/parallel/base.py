@@ -31,6 +31,7 @@ class Parallel:
         self.copies: dict[nn.Parameter, int] = {}  # on how many processes the same elements lie; 1 where not named
         self._writer = state.Writer(world)
         self._real: list[bool] = []
+        self._reads_own = False  # the objective hands out this process's micro-batches only
 
     @property
     def place(self) -> tuple[int, int]:
@@ -38,12 +39,17 @@ class Parallel:
         return self.world.replica, self.world.table.replicas
 
     def prepare(self, model: CausalLM, objective: Objective) -> None:
-        """Lay the model out, in place, before the optimizers are built."""
+        """Lay the model out, in place, before the optimizers are built. An objective with `ranks` above 1 reads its own part of
+        the batch, as many micro-batches on every process; any other one's are shared out here."""
+        self._reads_own = getattr(objective, "ranks", 1) > 1
+        self.lay_out(model, objective)
+
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         raise NotImplementedError
 
     def own(self, update: list[Any]) -> list[Any]:
         """The micro-batches that this process computes, as many as every other; see `share_out`."""
-        shared = share_out(update, *self.place)
+        shared = [(micro, True) for micro in update] if self._reads_own else share_out(update, *self.place)
         self._real = [real for _, real in shared]
         return [micro for micro, _ in shared]
 

@@ -22,7 +22,7 @@ from jevons.train.parallel.experts import spread_experts
 class Sharded(Parallel):
     """FSDP2, with the experts spread where the mesh says so."""
 
-    def prepare(self, model: CausalLM, objective: Objective) -> None:
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         table, mesh = self.world.table, self.world.mesh
         if table.expert > 1:
             spread_experts(model, mesh["expert"], table.fp8_dispatch)

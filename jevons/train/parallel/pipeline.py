@@ -58,7 +58,7 @@ class Stage(nn.Module):
 
 
 class Pipelined(Parallel):
-    def prepare(self, model: CausalLM, objective: Objective) -> None:
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         table, mesh = self.world.table, self.world.mesh
         self.model, self.stages = model, table.stages
         self.rank = mesh["pipeline"].get_local_rank()
