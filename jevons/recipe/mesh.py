@@ -106,7 +106,11 @@ def check_model(mesh: MeshTable, config: Any) -> None:
 
 def spread_stage(mesh: MeshTable, stage: Any, name: str) -> Any:
     """A stage with a `micro_batch_tokens` that gives every process its micro-batches. Raises MeshError where its own does not."""
-    if mesh.size == 1 or getattr(stage, "batch_tokens", None) is None:
+    if mesh.size == 1:
+        return stage
+    if getattr(stage, "ema_decay", None):
+        raise MeshError(f"stage {name}: ema_decay averages the weights of one process; leave it out, or train with mesh data = 1")
+    if getattr(stage, "batch_tokens", None) is None:
         return stage
     each = mesh.micro_batches or (2 * mesh.stages if mesh.pipeline > 1 else 1)
     if stage.micro_batch_tokens is None:
