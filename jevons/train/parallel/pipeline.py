@@ -142,8 +142,8 @@ class Pipelined(Parallel):
     def _finish(self, tokens_N, positions_N, segments, mtp: bool = True, detach_trunk: bool = False) -> TrainOutput:
         """`forward_train` of the last stage: it goes on from what arrived."""
         if self._arrived is None:
-            raise MeshError("a pipeline computes losses within its schedule only; mesh.pipeline = 1 would be right for a stage that "
-                            "validates while it trains")
+            raise MeshError("a pipeline computes losses within its schedule only; mesh.pipeline = 1 would be right for a stage "
+                            "that validates while it trains")
         stage, (x, balance), i = self._arrived
         x, routings = self.model.run_blocks(stage.blocks, x, positions_N, segments)
         out = self.model.finish_train(x, routings, tokens_N, positions_N, segments, mtp, detach_trunk)
