@@ -41,8 +41,8 @@ def tiny(**changes):
 class Random(Objective):
     """The pretraining loss on random documents that are a function of (seed, step): the same micro-batches in every layout."""
 
-    def __init__(self, model, steps=20, micros=4, seed=0):
-        self.model, self.steps, self.micros, self.seed = model, steps, micros, seed
+    def __init__(self, model, steps=20, micros=4, seed=0, rank=0, ranks=1):
+        self.model, self.steps, self.micros, self.seed, self.rank, self.ranks = model, steps, micros, seed, rank, ranks
         self._load = None
 
     def next_batch(self, step):
@@ -56,7 +56,7 @@ class Random(Objective):
         for batch in batches:
             batch.share = 1 / self.micros
         self._load = None
-        return [batches]
+        return [batches[self.rank :: self.ranks]]
 
     def loss(self, batch):
         out = self.model.forward_train(batch.tokens_N, batch.positions_N, batch.segments)
@@ -90,9 +90,10 @@ class Result:
     model: torch.nn.Module | None  # whole, on the leader
 
 
-def train(directory, mesh=None, world=None, dtype=torch.float64, steps=6, matrices="muon", micros=4, save_every=1000, slow=0.0,
-          **changes):
-    """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits."""
+def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matrices="muon", micros=4, save_every=1000, slow=0.0,
+          reads_own=False, **changes):
+    """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits;
+    `reads_own`: the objective hands out this process's micro-batches only."""
     from jevons.train.parallel.layouts import layout
     from jevons.train.parallel.mesh import Silent
 
@@ -105,7 +106,7 @@ def train(directory, mesh=None, world=None, dtype=torch.float64, steps=6, matric
         for p in model.parameters():
             if p.dim() >= 2:
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * p.shape[-1] ** -0.5)
-    objective = Random(model, steps, micros)
+    objective = Random(model, steps, micros, 0, *((world.replica, mesh.replicas) if reads_own else ()))
     parallel = layout(mesh, world, "pretrain") if world is not None else None
     records = []
 
@@ -146,7 +147,7 @@ def layouts(tables, directory, options):
     for name, values in tables.items():
         table = MeshTable(**values)
         world = World.open(table)
-        result = train(Path(directory) / name, table, world, **options)
+        result = train(Path(directory) / name, table, world, reads_own=name.endswith("own"), **options)
         if world.leads:
             results[name] = result
         world.meet()  # the next one's directory may be this one's

@@ -218,8 +218,9 @@ class Run:
             case PretrainStage():
                 if self.world is not None and not self.leads:  # the leader makes the shards
                     self.world.meet()
+                place = (self.world.replica, self.world.table.replicas) if self.world is not None else (0, 1)
                 made = stages.pretrain(self.recipe, index, stage, self.model, self.tokenizer, self.task, self._data_dir(),
-                                       self._read)
+                                       self._read, place)
                 if self.world is not None and self.leads:
                     self.world.meet()
                 return made

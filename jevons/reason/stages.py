@@ -88,11 +88,12 @@ def rows_of(data: DataTable, stage: PretrainStage) -> DataTable:
 
 
 def pretrain(recipe: Recipe, index: int, stage: PretrainStage, model: CausalLM, tokenizer: Tokenizer, task: Task | None,
-             directory: Path, on_progress: OnProgress) -> Pretrain:
-    """On the recipe's text, tokenised below `directory` where it is not yet, or on the task's worked solutions."""
+             directory: Path, on_progress: OnProgress, place: tuple[int, int] = (0, 1)) -> Pretrain:
+    """On the recipe's text, tokenised below `directory` where it is not yet, or on the task's worked solutions. `place`: which
+    part of every batch is read, of how many."""
     seed = recipe.seed + APART * sum(isinstance(s, PretrainStage) for s in recipe.stages[:index])
     if recipe.data is None:
-        return Pretrain(model, tokenizer, task, stage, seed)
+        return Pretrain(model, tokenizer, task, stage, seed, rank=place[0], ranks=place[1])
     data, name, began, first = rows_of(recipe.data, stage), "", 0.0, 0
 
     def progress(which: str, read: int, total: int, tokens: int) -> None:
@@ -102,7 +103,7 @@ def pretrain(recipe: Recipe, index: int, stage: PretrainStage, model: CausalLM, 
         on_progress(which, read, total, (tokens - first) / max(1e-3, time.monotonic() - began))
 
     stream, validation = open_data(data, tokenizer, directory, seed, stage.timeline.batch(0) // data.seq_len, progress)
-    return Pretrain(model, tokenizer, task, stage, seed, stream, validation, data.validate_every)
+    return Pretrain(model, tokenizer, task, stage, seed, stream, validation, data.validate_every, *place)
 
 
 def grpo(recipe: Recipe, stage: GRPOStage, model: CausalLM, tokenizer: Tokenizer, task: Task, dtype: torch.dtype) -> GRPO:

@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-            sharded: list[tuple[nn.Parameter, torch.Tensor]] = []
+            sharded: list[tuple[nn.Parameter, Any, torch.Tensor]] = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -61,9 +61,13 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 rows, target = self.parts[p], p
-                if hasattr(p, "full_tensor"):  # sharded: whole matrices are needed: gathered, and the change goes back in parts
-                    update, target = update.full_tensor(), torch.zeros(p.shape, dtype=p.dtype, device=p.device)
-                    sharded.append((p, target))
+                if hasattr(p, "full_tensor"):  # sharded: whole matrices are gathered, and the change goes back in parts
+                    from jevons.train.parallel.fsdp import whole_matrices
+
+                    gathered = whole_matrices(update)
+                    update = gathered.to_local()
+                    target = torch.zeros_like(update)
+                    sharded.append((p, gathered, target))
                 for weight, u in zip(target.split(rows, dim=-2), update.split(rows, dim=-2), strict=True):
                     by_shape.setdefault(tuple(u.shape[-2:]), []).append((weight, u))
             for (rows, columns), pairs in by_shape.items():
@@ -72,10 +76,9 @@ class Muon(torch.optim.Optimizer):
                 scale = -group["lr"] * math.sqrt(max(1.0, rows / columns))
                 for (weight, u), o in zip(pairs, ortho.split([u.numel() // (rows * columns) for _, u in pairs]), strict=True):
                     weight.add_(o.reshape(u.shape), alpha=scale)
-            for p, change in sharded:
-                from jevons.train.parallel.fsdp import sharded_like
-
-                p.add_(sharded_like(change, p))
+            for p, gathered, change in sharded:
+                whole = type(gathered).from_local(change, p.device_mesh, gathered.placements)
+                p.add_(whole.redistribute(placements=p.placements))
 
 
 class AdamWBF16(torch.optim.AdamW):

@@ -32,6 +32,7 @@ class Parallel:
         self.copies: dict[nn.Parameter, int] = {}  # on how many processes the same elements lie; 1 where not named
         self._writer = state.Writer(world)
         self._real: list[bool] = []
+        self._reads_own = False  # the objective hands out this process's micro-batches only
 
     @property
     def place(self) -> tuple[int, int]:
@@ -39,12 +40,17 @@ class Parallel:
         return self.world.replica, self.world.table.replicas
 
     def prepare(self, model: CausalLM, objective: Objective) -> None:
-        """Lay the model out, in place, before the optimizers are built."""
+        """Lay the model out, in place, before the optimizers are built. An objective with `ranks` above 1 reads its own part of
+        the batch, as many micro-batches on every process; any other one's are shared out here."""
+        self._reads_own = getattr(objective, "ranks", 1) > 1
+        self.lay_out(model, objective)
+
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         raise NotImplementedError
 
     def own(self, update: list[Any]) -> list[Any]:
         """The micro-batches that this process computes, as many as every other; see `share_out`."""
-        shared = share_out(update, *self.place)
+        shared = [(micro, True) for micro in update] if self._reads_own else share_out(update, *self.place)
         self._real = [real for _, real in shared]
         return [micro for micro, _ in shared]
 
@@ -98,19 +104,19 @@ class Parallel:
 
     # -- what is saved ------------------------------------------------------------------------------------------------
 
-    def save(self, directory: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        """The train state, sharded; written while training goes on where the mesh table says so."""
-        self._writer.save(directory, step, tensors, meta)
+    def save(self, directory: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], **kept: Any) -> None:
+        """The train state, sharded; written while training goes on where the mesh table says so. `kept`: see `state.Writer`."""
+        self._writer.save(directory, step, tensors, meta, **kept)
 
     def finish(self) -> None:
         """Wait until what was saved is whole. Raises StoreError where it could not be written."""
         self._writer.finish()
 
-    def load(self, directory: Path, model: CausalLM, others: dict[str, torch.Tensor],
+    def load(self, directory: Path, model: CausalLM, others: dict[str, torch.Tensor], step: int | None = None,
              ) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The newest whole state that any layout left, laid out as this one; only what this process needs of it."""
+        """The newest whole state that any layout left (or that of `step`), laid out as this one; only what this process needs."""
         self.world.meet()
-        found = self.world.tell(state.newest(directory) if self.world.leads else None)
+        found = self.world.tell(state.newest(directory, step) if self.world.leads else None)
         if found is None:
             return None
         meta = state.read_meta(found)

@@ -6,10 +6,9 @@ Gradients are summed, not averaged: a micro-batch's loss already holds its share
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils import _pytree
 
 from jevons.model import CausalLM, TrainOutput
@@ -22,7 +21,7 @@ from jevons.train.parallel.experts import spread_experts
 class Sharded(Parallel):
     """FSDP2, with the experts spread where the mesh says so."""
 
-    def prepare(self, model: CausalLM, objective: Objective) -> None:
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         table, mesh = self.world.table, self.world.mesh
         if table.expert > 1:
             spread_experts(model, mesh["expert"], table.fp8_dispatch)
@@ -47,6 +46,7 @@ class Sharded(Parallel):
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def sharded_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all hold whole, placed as `like` is."""
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+def whole_matrices(update: DTensor) -> DTensor:
+    """Gathered as far as needed for every process to hold whole matrices: all of them, or its own experts' (dimension 0 of 3)."""
+    kept = [place if update.dim() == 3 and place == Shard(0) else Replicate() for place in update.placements]
+    return update.redistribute(placements=kept)

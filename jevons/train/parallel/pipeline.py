@@ -58,7 +58,7 @@ class Stage(nn.Module):
 
 
 class Pipelined(Parallel):
-    def prepare(self, model: CausalLM, objective: Objective) -> None:
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         table, mesh = self.world.table, self.world.mesh
         self.model, self.stages = model, table.stages
         self.rank = mesh["pipeline"].get_local_rank()
@@ -88,6 +88,7 @@ class Pipelined(Parallel):
         self.dtype_of_rows = next(model.parameters()).dtype
         model.forward_train = self._finish
         self._schedules: dict[tuple[int, int], Any] = {}
+        self._arrived: tuple[Stage, tuple[torch.Tensor, ...], int] | None = None
         for p in model.parameters():
             self.copies[p] = table.data if isinstance(p, DTensor) else table.replicas
         if copied and (0 in mine or self.has_last):
@@ -126,6 +127,7 @@ class Pipelined(Parallel):
         if stage.last:
             self._arrived = stage, arrived, i
             parts = self._loss(micro)
+            self._arrived = None
             self._given[i] = parts
             if not self.real(i):
                 self._given[i] = LossParts(parts.loss, dict.fromkeys(parts.sums, 0.0))
@@ -139,6 +141,9 @@ class Pipelined(Parallel):
 
     def _finish(self, tokens_N, positions_N, segments, mtp: bool = True, detach_trunk: bool = False) -> TrainOutput:
         """`forward_train` of the last stage: it goes on from what arrived."""
+        if self._arrived is None:
+            raise MeshError("a pipeline computes losses within its schedule only; mesh.pipeline = 1 would be right for a stage "
+                            "that validates while it trains")
         stage, (x, balance), i = self._arrived
         x, routings = self.model.run_blocks(stage.blocks, x, positions_N, segments)
         out = self.model.finish_train(x, routings, tokens_N, positions_N, segments, mtp, detach_trunk)

@@ -20,7 +20,7 @@ class Replicated(Parallel):
     def place(self) -> tuple[int, int]:
         return self.world.rank, self.world.size
 
-    def prepare(self, model: CausalLM, objective: Objective) -> None:
+    def lay_out(self, model: CausalLM, objective: Objective) -> None:
         if hasattr(objective, "spread"):
             objective.spread(self.place, self._everyone)
         self.world.meet()

@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,10 @@ class Writer:
         self.world = world
         self._saved: Future | None = None  # done once the state has its name (on the leader) or its parts (elsewhere)
 
-    def save(self, stage_dir: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        """Raises StoreError, the steps before intact, when the disk refuses (with `async_save` at the next call)."""
+    def save(self, stage_dir: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], keep: int = KEEP,
+             spared: Collection[int] = ()) -> None:
+        """`keep` states stay, and the `spared` steps'. Raises StoreError, the steps before intact, when the disk refuses (with
+        `async_save` at the next call)."""
         self.finish()
         final = Path(stage_dir) / "train_state" / f"dcp-{step:08d}"
         aside = final.with_name(final.name + ".tmp")
@@ -66,7 +68,7 @@ class Writer:
             def name_it(done: Future) -> None:
                 try:
                     done.result()
-                    saved.set_result(commit(aside, final, step, meta))
+                    saved.set_result(commit(aside, final, step, meta, keep, spared))
                 except Exception as error:  # whatever it is, `finish` raises it
                     saved.set_exception(error)
 
@@ -86,7 +88,7 @@ class Writer:
         dist.barrier(group=self.world.talk)
 
 
-def commit(aside: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
+def commit(aside: Path, final: Path, step: int, meta: dict[str, Any], keep: int, spared: Collection[int]) -> None:
     """Name what is whole, and drop all but the last."""
     sizes = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
     for name in sizes:
@@ -96,16 +98,17 @@ def commit(aside: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
         shutil.rmtree(final)
     aside.rename(final)
     fsync(final.parent)
-    good = meta.get("progress", {}).get("good_step")
-    for old in steps(final.parent)[:-KEEP]:
-        if number(old) != good:
+    for old in steps(final.parent)[:-keep]:
+        if number(old) not in spared:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def newest(stage_dir: Path) -> Path | None:
-    """The newest whole state under a stage's directory, of many processes or of one; damaged ones are passed over with a warning,
-    what a killed run left half done is cleared away."""
+def newest(stage_dir: Path, step: int | None = None) -> Path | None:
+    """The newest whole state under a stage's directory (or that of `step`), of many processes or of one; damaged ones are passed
+    over with a warning, what a killed run left half done is cleared away."""
     root = Path(stage_dir) / "train_state"
+    if step is not None:
+        return next((p for p in (root / f"dcp-{step:08d}", root / f"step-{step:08d}") if p.is_dir()), None)
     if not root.is_dir():
         return None
     for leftover in root.glob("dcp-*.tmp"):

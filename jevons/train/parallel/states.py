@@ -13,7 +13,7 @@ from jevons.train.state import States
 
 
 class SpreadStates(States):
-    """`States` through DCP. The last two states and the last good one are kept."""
+    """`States` through DCP. The same states are kept."""
 
     def save(self, wait: bool = False) -> None:
         super().save(wait)
@@ -24,26 +24,29 @@ class SpreadStates(States):
         """What is being written ends by itself, or with the process: whoever comes here in trouble may be alone."""
 
     def _write(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        loop = self._loop
+        loop, progress = self._loop, self._loop.progress
         loop.log.position()  # what the state counts on is on the disk before it
-        loop.parallel.save(loop.settings.directory, loop.progress.step, tensors, meta)
+        spared = {s for s in (progress.good_step, progress.best_step) if s is not None}
+        loop.parallel.save(loop.settings.directory, progress.step, tensors, meta, keep=loop.settings.guard.keep, spared=spared)
 
-    def _newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+    def _newest(self, step: int | None = None) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         loop = self._loop
         others = {f"objective.{name}": t for name, t in loop.objective.tensors().items()}
-        return loop.parallel.load(loop.settings.directory, loop.model, others)
+        return loop.parallel.load(loop.settings.directory, loop.model, others, step)
 
     def _load(self, step: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
         self._loop.parallel.finish()
-        self._drop_after(step)
-        found = self._newest()
-        if found is None or found[0] != step:
+        found = self._newest(step)
+        if found is None:
             raise CheckpointError(f"{self._loop.settings.directory}: the state of step {step} is gone")
         return found
 
     def _drop_after(self, step: int) -> None:
-        if self._loop.parallel.world.leads:
-            for path in state.steps(self._loop.settings.directory / "train_state"):
+        world, root = self._loop.parallel.world, self._loop.settings.directory / "train_state"
+        world.meet()  # all have read
+        if world.leads:
+            for path in state.steps(root):
                 if state.number(path) > step:
                     shutil.rmtree(path)
             super()._drop_after(step)
+        world.meet()
