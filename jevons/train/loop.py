@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from jevons.data.packing import on_device
 from jevons.model import CausalLM
+from jevons.numerics.memory import on_device
 from jevons.plan import dollars
 from jevons.recipe import OptimizerTable
 from jevons.store.run_dir import MetricsLog
