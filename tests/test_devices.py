@@ -14,10 +14,11 @@ from test_engine import engine_of, explain, request
 from typer.testing import CliRunner
 
 from jevons.cli import app
-from jevons.data.packing import on_device, pack
+from jevons.data.packing import pack
 from jevons.data.tokenizer import train_tokenizer
 from jevons.engine.types import Request, SamplingParams
 from jevons.model.offload import OffloadedExperts, expert_bytes
+from jevons.numerics.memory import on_device
 from jevons.reason.evaluate import evaluate
 from jevons.runtime import Runtime
 from jevons.store.checkpoint import save_checkpoint

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from nets import lively, nano, plain_logits, qwen2, random_ids
 
-from jevons.data.packing import Prefetcher, align, on_device, pack, take_documents, weight_totals
+from jevons.data.packing import Prefetcher, align, pack, take_documents, weight_totals
+from jevons.numerics.memory import on_device
 from jevons.recipe import PretrainStage
 from jevons.train.objective import mtp_loss, token_losses
 from jevons.train.pretrain import Pretrain

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -33,17 +32,6 @@ class Batch:
     share: float = 1.0  # of its update's weights, all ranks' micro-batches together
     mtp_share: float = 1.0  # of its update's `mtp_weights`
     row_share: float = 1.0  # of its update's rows
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """A batch, or any dataclass of tensors, with its tensors on `device`; itself where that is the CPU, on which it was made."""
-    if device.type == "cpu":
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if is_dataclass(value):
-        return replace(value, **{f.name: on_device(getattr(value, f.name), device) for f in fields(value)})
-    return value
 
 
 # Shapes are rounded up so that few distinct ones occur: oneDNN compiles a kernel for every new bf16 shape it meets,

@@ -57,7 +57,7 @@ class Engine:
                  prefix_cache: bool = False, disk: DiskTier | None = None, root: bytes = b"", speculate: int | None = 0,
                  patient: bool = False, deterministic: bool = False, graphs: bool | None = None):
         max_len = min(max_len, model.config.max_position_embeddings)
-        self.model, self.eos_id, self.tokenizer = model, eos_id, tokenizer
+        self.model, self.eos_id, self.tokenizer, device = model, eos_id, tokenizer, model.embed_tokens.weight.device
         per_sequence = -(-max_len // PAGE)
         pages = max_batch * per_sequence if pages is None else pages
         if deterministic and pages < max_batch * per_sequence:
@@ -65,15 +65,12 @@ class Engine:
         pool = PagePool(pages, PAGE, prefix_cache and not deterministic, root)
         self.scheduler = Scheduler(max_batch, max_len, max_waiting, pool)
         self.deterministic, self.patient, self.disk = deterministic, patient, disk if pool.caching else None
-        device = model.embed_tokens.weight.device
         self._alone = device.type == "cpu" and count_parameters(model.config).total < SMALL
-        self._cores, self._pool = torch.get_num_threads() if self._alone and not deterministic else 1, None
-        if self._cores > 1:
-            self._pool = ThreadPoolExecutor(self._cores, "decode", initializer=lambda: torch.set_num_threads(1))
+        self._cores = torch.get_num_threads() if self._alone and not deterministic else 1
+        self._pool = ThreadPoolExecutor(self._cores, "decode", lambda: torch.set_num_threads(1)) if self._cores > 1 else None
         cache_dtype, graphs = defaults(model, cache_dtype, graphs)
         self.cache = KVCache(model.config, pages + graphs, PAGE, dtype=cache_dtype, device=device)  # one page for padding
-        self._caches = [self.cache]
-        self.rows, self.device = Rows(max_batch, per_sequence, device), device
+        self._caches, self.rows, self.device = [self.cache], Rows(max_batch, per_sequence, device), device
         self.graphs = Graphs(model, self.cache, self.rows, scrap=pages) if graphs else None
         self.drafts: Drafts | None = None
         if model.mtp and speculate != 0 and not deterministic:

@@ -9,6 +9,8 @@ import functools
 import math
 import mmap
 import sys
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,3 +81,14 @@ def prefetch(tensor: torch.Tensor) -> None:
     if (libc := _libc()) is not None:
         address, count = _pages(tensor)
         libc.madvise(address, count * mmap.PAGESIZE, mmap.MADV_WILLNEED)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A batch, or any dataclass of tensors, with its tensors on `device`; itself where that is the CPU, on which it was made."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value):
+        return replace(value, **{f.name: on_device(getattr(value, f.name), device) for f in fields(value)})
+    return value

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from jevons.chat import END_THINK, ReasoningParser, count_votes
-from jevons.data.packing import on_device, pack, take_documents
+from jevons.data.packing import pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.engine.types import Completion, Request, SamplingParams
 from jevons.model import CausalLM
+from jevons.numerics.memory import on_device
 from jevons.reason.rollout import completion_text
 from jevons.store.files import write_text
 from jevons.tasks.base import Problem, Task

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from jevons.data.packing import Batch, Document, align, on_device, pack, take_documents
+from jevons.data.packing import Batch, Document, align, pack, take_documents
 from jevons.data.tokenizer import Tokenizer
 from jevons.engine.engine import Engine
 from jevons.model import CausalLM
 from jevons.numerics import upcast
+from jevons.numerics.memory import on_device
 from jevons.plan import forward_flops
 from jevons.reason.rollout import Episode, Roller, Rollouts
 from jevons.recipe import GRPOStage

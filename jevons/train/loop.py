@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jevons.data.packing import on_device
 from jevons.model import CausalLM
 from jevons.model.precision import set_training_precision
 from jevons.numerics import Fp8
+from jevons.numerics.memory import on_device
 from jevons.plan import dollars
 from jevons.recipe import GuardTable, OptimizerTable
 from jevons.store.run_dir import MetricsLog

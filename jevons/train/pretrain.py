@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from jevons.data.packing import Batch, Document, Prefetcher, on_device, pack, take_documents, weight_totals
+from jevons.data.packing import Batch, Document, Prefetcher, pack, take_documents, weight_totals
 from jevons.data.stream import Stream
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM
+from jevons.numerics.memory import on_device
 from jevons.recipe import PretrainStage
 from jevons.train.objective import TokenObjective, micro_batches, token_losses
 
