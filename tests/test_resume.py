@@ -133,7 +133,7 @@ def test_stopped_once_in_every_stage_it_saves_and_goes_on(tmp_path, whole):
 
 def test_the_experiment_that_kills_and_compares(tmp_path):
     script = TESTS.parent / "experiments" / "kill_and_resume.py"
-    arguments = ["--kills", "1", "--tokens", "8000", "--steps", "1", "--dir", str(tmp_path)]
+    arguments = ["--kills", "1", "--tokens", "6000", "--steps", "1", "--dir", str(tmp_path)]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ | {
         "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
