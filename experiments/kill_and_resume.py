@@ -49,7 +49,7 @@ kind = "eval"
 n = 20
 max_tokens = 16
 """
-MESH = "\n[mesh]\ndp = {processes}\n"  # the line that spreads a recipe over ranks
+MESH = "\n[mesh]\ndata = {processes}\n"  # the line that spreads a recipe over ranks
 
 
 def command(recipe: Path, out: Path, processes: int) -> list[str]:
