@@ -156,7 +156,11 @@ STAGE = PretrainStage(
 TOKENIZER = train_tokenizer(["sun moon rain wind sea hill tree leaf."] * 3, 288)
 
 
-def trained(directory, stop_after=None):
+class Killed(Exception):
+    """Ends the loop between two saves."""
+
+
+def trained(directory, stop_after=None, kill_after=None):
     directory.mkdir(exist_ok=True)
     model = lively(nano(vocab_size=288), seed=5)
     objective = Averaged(Pretrain(model, TOKENIZER, Traced(), STAGE, 7), model, STAGE.ema_decay)
@@ -164,6 +168,8 @@ def trained(directory, stop_after=None):
 
     def on_step(record, steps):
         stopping["now"] = record["step"] == stop_after
+        if record["step"] == kill_after:
+            raise Killed
 
     with MetricsLog(directory / "metrics.jsonl") as log:
         loop = Loop(model, objective, LoopSettings("pretrain", directory, STAGE.optimizer, STAGE.save_every, torch.float32, 1.0,
@@ -186,6 +192,8 @@ def test_killed_in_the_ramp_and_resumed_is_the_same(tmp_path):
     stop = random.Random().randrange(1, steps - 1)
     with pytest.raises(Interrupted):
         fixed_start(tmp_path / "again", stop_after=stop)
+    with pytest.raises(Killed):
+        trained(tmp_path / "again", kill_after=random.randrange(stop + 1, steps))
     again = trained(tmp_path / "again")  # from any weights: the state has its own
     assert timeless(metrics(tmp_path / "again")) == timeless(metrics(tmp_path / "whole")), stop
     for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
