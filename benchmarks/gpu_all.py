@@ -32,17 +32,24 @@ def main() -> None:
         raise SystemExit(NO_GPU)
     results, failed = {}, []
     for script in sorted(p for p in HERE.glob("gpu_*.py") if p.name not in ("gpu_all.py", "gpu_common.py")):
+        writes_rows = "gpu_common" in script.read_text()  # others only print, and need a GPU
+        if args.rehearse and not writes_rows:
+            continue
         print(f"== {script.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            rows = Path(folder) / "rows.json"
-            flags = ["--quick"] * args.quick + ["--rehearse"] * args.rehearse
+            rows, status = Path(folder) / "rows.json", -1
+            command = [sys.executable, script, *["--quick"] * args.quick, *["--rehearse"] * args.rehearse]
+            command += ["--json", rows] if writes_rows else []
             try:
-                status = subprocess.run([sys.executable, script, *flags, "--json", rows], timeout=LIMIT).returncode
+                done = subprocess.run(command, timeout=LIMIT, text=True, stdout=None if writes_rows else subprocess.PIPE)
+                status = done.returncode
             except subprocess.TimeoutExpired:
-                status = -1
                 print(f"{script.name} took more than {LIMIT} s and was stopped")
             if rows.is_file():
                 results[script.stem] = json.loads(rows.read_text())
+            elif status == 0:
+                print(done.stdout)
+                results[script.stem] = {"printed": done.stdout.splitlines()}
             if status:
                 failed.append(script.name)
     args.out.write_text(json.dumps(results, indent=2) + "\n")
