@@ -26,7 +26,7 @@ def check_rows(stage: PretrainStage, table: DataTable, where: str, context: int)
                          "the recipe's [model] set, or make the rows shorter")
     for key in ("batch_tokens", "micro_batch_tokens"):
         value = getattr(stage, key)
-        if value is not None and value % table.seq_len:
+        if isinstance(value, int) and value % table.seq_len:  # a ramp's steps are cut into whole rows
             raise ValueError(f"{where}: {key} is {value}, no multiple of data.seq_len {table.seq_len}; "
                              f"{max(1, round(value / table.seq_len)) * table.seq_len} would be right")
 

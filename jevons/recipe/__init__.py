@@ -67,7 +67,7 @@ class Recipe(Table):
         names = [self.stage_name(i) for i in range(len(self.stages))]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names {names} are not distinct; give each stage its own `name`")
-        if self.task is None and (needing := [s.kind for s in self.stages if s.kind in ("grpo", "eval")]):
+        if self.task is None and (needing := [s.kind for s in self.stages if s.kind in ("grpo", "eval", "distil")]):
             raise ValueError(f"the {needing[0]} stage needs a [task]; [data] is read by pretrain stages only")
         if self.data and not any(stage.kind == "pretrain" for stage in self.stages):
             raise ValueError("[data] is read by pretrain stages, and there is none; leave it out")
