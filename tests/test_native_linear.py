@@ -19,6 +19,7 @@ from test_moe import SHAPES, naive_experts, random_bank, random_gate, random_rou
 from jevons.engine.engine import Engine
 from jevons.engine.types import Request, SamplingParams
 from jevons.model import KVCache, build_meta, build_model
+from jevons.model import moe as moe_module
 from jevons.model.layers import MLP, RMSNorm
 from jevons.model.moe import MoE
 from jevons.model.pack import KINDS, pack
@@ -316,7 +317,9 @@ def test_experts_follow_weights_that_move(native):
 
 def test_many_tokens_go_torchs_way(native):
     bank = random_bank()
-    assert bank.for_few(torch.randn(100, 16), random_routing(100, 2, 6), None) is None
+    most = moe_module.FEW_ROWS // 2
+    assert bank.for_few(torch.randn(most, 16), random_routing(most, 2, 6), None) is not None
+    assert bank.for_few(torch.randn(most + 1, 16), random_routing(most + 1, 2, 6), None) is None
 
 
 def test_one_damaged_token_stays_alone(native):
@@ -326,7 +329,8 @@ def test_one_damaged_token_stays_alone(native):
     x = torch.randn(4, 40)
     clean = moe(x)[0]
     x[1] = math.nan
-    assert torch.equal(moe(x)[0][[0, 2, 3]], clean[[0, 2, 3]])
+    # not to the bit: an expert with one row fewer or more adds up in another order
+    torch.testing.assert_close(moe(x)[0][[0, 2, 3]], clean[[0, 2, 3]])
 
 
 class Forbidden:

@@ -51,6 +51,9 @@ class CCall(ctypes.Structure):
                 ("bf16", c_int32), ("cell_bf16", c_int32), ("last", CNorm)]
 
 
+Held = list[tuple[dict[str, Any], str, Any, int | None]]  # where a weight is looked up, its name, itself, its address
+
+
 class Undescribed(Exception):
     """A weight that the native pass cannot take."""
 
@@ -62,7 +65,7 @@ class NativePass:
         self.modules = list(blocks), last, embedding
         self.array: ctypes.Array[CBlock] | None = None
         self.dtype: torch.dtype | None = None
-        self.held: list[tuple[dict[str, Any], str, Any, int | None]] = []  # where a weight is looked up, itself, its address
+        self.held: Held = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"modules": self.modules}  # addresses: worthless in a copy
@@ -112,16 +115,14 @@ class NativePass:
 
     def _describe(self, dtype: torch.dtype) -> None:
         """Two threads may do this at once, one while the other uses what it made: nothing is unset on the way."""
-        blocks, last, _ = self.modules
-        held: list[tuple[dict[str, Any], str, Any, int | None]] = []
+        blocks, last, embedding = self.modules
+        held: Held = []
         try:
+            _hold(embedding, "weight", held)
             array, norm = (CBlock * len(blocks))(*(_block(b, dtype, held) for b in blocks)), _norm(last, held)
         except Undescribed:
             array, norm = None, None
         self.held, self.last, self.array, self.dtype = held, norm, array, dtype
-
-
-Held = list[tuple[dict[str, Any], str, Any, int | None]]
 
 
 def _hold(module: nn.Module, name: str, held: Held) -> Any:
@@ -129,6 +130,8 @@ def _hold(module: nn.Module, name: str, held: Held) -> Any:
     for where in (module._parameters, module._buffers, module.__dict__):
         if name in where:
             weight = where[name]
+            if isinstance(weight, torch.Tensor) and type(weight) not in (torch.Tensor, nn.Parameter):
+                raise Undescribed  # a tensor spread over processes, say
             held.append((where, name, weight, weight.data_ptr() if isinstance(weight, torch.Tensor) else None))
             return weight
     raise AttributeError(name)
