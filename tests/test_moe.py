@@ -356,5 +356,6 @@ def test_balancing_evens_a_skewed_load():
 
 def test_load_metrics():
     load = torch.tensor([[3.0, 1, 0, 4], [2, 2, 2, 2]])
-    assert load_metrics(load) == {"expert_load": [[0.375, 0.125, 0.0, 0.5], [0.25] * 4], "max_violation": 1.0}
+    assert load_metrics(load) == {"expert_load": [[0.375, 0.125, 0.0, 0.5], [0.25] * 4], "max_violation": 1.0,
+                                  "violation": [1.0, 0.0]}
     assert load_metrics(None) == {}

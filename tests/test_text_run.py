@@ -70,7 +70,7 @@ def whole(tmp_path_factory):
 def test_a_text_recipe_runs_to_its_end(whole):
     _, out = whole
     lines = metrics(out)
-    assert [x["kind"] for x in lines if x["kind"] != "step"] == ["run", "stage", "stage", "done"]
+    assert [x["kind"] for x in lines if x["kind"] != "step"] == ["run", "stage", "plan", "memory", "stage", "done"]
     steps = [x for x in lines if x["kind"] == "step"]
     assert [x["step"] for x in steps if "val_loss" in x] == [4, 8, 10] and lines[0]["task"] is None
     assert all(0 < x["val_bits_per_byte"] < x["val_loss"] and x["val_mtp_loss"] > 0 for x in steps if "val_loss" in x)

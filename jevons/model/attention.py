@@ -169,7 +169,7 @@ class MLA(nn.Module):
         if native:
             data = cache.layers[layer]
             paged.store(self.paged, meta.batch, latent_NC, k_rope_NR[:, None], rope_NR, data, self.kv_a_layernorm.weight)
-            if meta.max_query > 1 and self.saved_by_expanding(meta) > EXPAND:
+            if self.expands(meta):
                 return self.o_proj(self._attend_expanded(q_nope, q_rope, rope_NR, data, meta))
         else:
             latent_NC, k_rope_NR = self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
@@ -186,6 +186,10 @@ class MLA(nn.Module):
             q = torch.cat([q_latent_HNC.transpose(0, 1), q_rope], dim=-1)
             out_HNC = attend_paged(self.paged, q, cache, layer, meta).transpose(0, 1)
         return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
+
+    def expands(self, meta: BatchMeta) -> bool:
+        """Whether keys and values per head are the faster way for these tokens."""
+        return meta.max_query > 1 and self.saved_by_expanding(meta) > EXPAND
 
     def saved_by_expanding(self, meta: BatchMeta) -> int:
         """Multiplications that per-head keys and values save over the latent: a pair costs nope + R + v, not 2 C + R, and

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jevons.model.attention import EXPAND, MLA
+from jevons.model.attention import MLA
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm
 from jevons.model.moe import ExpertBank, MoE
@@ -83,9 +83,8 @@ class NativePass:
         like = weight if x is None else x
         if meta.static or not 0 < n <= MOST_ROWS.get(like.dtype, 0) or not kernels.usable(like) or cache.data.dtype not in KINDS:
             return None
-        if meta.max_query > 1 and isinstance(attention := blocks[0].self_attn, MLA):
-            if attention.saved_by_expanding(meta) > EXPAND:
-                return None
+        if isinstance(attention := blocks[0].self_attn, MLA) and attention.expands(meta):
+            return None
         banks = [b.mlp.experts for b in blocks if isinstance(b.mlp, MoE)]
         if banks and banks[0].watch is not None and banks[0].watch.due(len(banks)):
             return None

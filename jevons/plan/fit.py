@@ -66,9 +66,12 @@ def training_bytes(c: ModelConfig, stage: PretrainStage | FinetuneStage | GRPOSt
     p = count_parameters(c)
     parameters, vectors = p.total + p.mtp, p.embedding + p.head + p.norms
     moments = 2 * parameters - (parameters - vectors if stage.optimizer.matrices == "muon" else 0)
-    whole = MICRO_TOKENS if isinstance(stage, GRPOStage) else stage.timeline.batch(stage.timeline.steps)
-    micro = getattr(stage, "micro_batch_tokens", None) or whole
-    tokens = micro * max(1, min(threads, round(whole / micro)))
+    micro = getattr(stage, "micro_batch_tokens", None)
+    if isinstance(stage, PretrainStage):
+        whole = stage.timeline.batch(stage.timeline.steps)
+        micro = micro or whole
+        threads = max(1, min(threads, round(whole / micro)))
+    tokens = (micro or MICRO_TOKENS) * threads
     layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
     kept = sum(activation_bytes(c, i, "none", "bf16") for i in layers)
     activations = tokens * (kept + 2 * FLOAT * c.vocab_size)  # logits and their gradient; the MTP module's come later
