@@ -116,8 +116,8 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
   Pool& pool = Pool::get();
   const int threads = threads_for(bytes, 1);
   for (int64_t m = 0; m < n; m++) fill_row(in, m, x.at(m), x.bf16, s.jobs[0].expert.up);
-  pool.run(inner_units, 2, threads, inner);
+  pool.run(inner_units, std::max<int64_t>(2, inner_units / (4 * threads)), threads, inner);
   pool.run(s.jobs.size(), 1, threads, [&](int64_t j) { refill(s.jobs[j]); });
-  pool.run(outer_units, 2, threads, outer);
+  pool.run(outer_units, std::max<int64_t>(2, outer_units / (4 * threads)), threads, outer);
   pool.run(n, 1, n < 8 ? 1 : threads, mix);
 }

@@ -76,7 +76,7 @@ class Pool {
   }
 
   void serve(int index) {
-    const auto patience = std::chrono::microseconds(50);  // the next product of a step usually comes within it
+    const auto patience = std::chrono::milliseconds(1);  // within a pass, and over the Python between two, a product comes sooner
     auto since = std::chrono::steady_clock::now();
     for (int turn = 0;; turn++) {
       if (enter(index)) {

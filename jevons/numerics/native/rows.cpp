@@ -97,6 +97,7 @@ struct RowFp8 : RowF32 {
 #endif
 
 static const int64_t AHEAD = 1 << 14;  // bytes: what is asked for arrives before it is needed
+static const int64_t SOON = 1 << 10;   // of one stream: over the ends of pages and panels, where the processor stops by itself
 
 // R rows from `row` on times M rows of inputs: out[m * PANEL + r]. One row at a time is read in one stream, which the processor
 // fetches ahead by itself; R streams it does not, so the next R rows are asked for while these are multiplied.
@@ -105,7 +106,7 @@ static void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8
   const int UNROLL = R == 1 && !L::BLOCKS ? (M == 1 ? 4 : M == 2 ? 2 : 1) : 1;  // sums that hide each other's latency
   const int64_t bytes = L::at(w.columns), width = in.width, block = L::BLOCKS ? BLOCK : w.columns;
   const uint8_t* codes = w.codes + row * bytes;
-  const uint8_t* next = codes + std::max<int64_t>(R * bytes, AHEAD);
+  const uint8_t* next = codes + (R > 1 ? std::max<int64_t>(R * bytes, AHEAD) : SOON);
   const float* scale = (const float*)w.scale + row / BLOCK * ceil_div(w.columns, BLOCK);
   const uint8_t* x[M];
   for (int m = 0; m < M; m++) x[m] = rows[m];
@@ -129,7 +130,7 @@ static void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
           const typename L::Codes c = L::get(codes + r * bytes + L::at(k + u * L::STEP));
-          if (R > 1) __builtin_prefetch(next, 0, 2), next += 64;
+          __builtin_prefetch(next, 0, 2), next += 64;
 #pragma GCC unroll 4
           for (int m = 0; m < M; m++) sums[u][r][m] = L::dot(sums[u][r][m], c, x[m], k + u * L::STEP, width);
         }
@@ -309,6 +310,7 @@ static inline void panel_tile(const Weight& w, int64_t panel, const Inputs& in, 
     PanelSum sums[M];
     for (int m = 0; m < M; m++) begin(sums[m], in.offset[at[m] * in.groups + g]);
     for (int64_t k = g * in.group; k < (g + 1) * in.group; k += step, codes += 64) {
+      if (M == 1) __builtin_prefetch(codes + SOON, 0, 2);
       if (BITS == 8) {
         const PanelCodes c = bytes_of(codes);
         for (int m = 0; m < M; m++) dot(sums[m], c, x[m], k, in.width);
