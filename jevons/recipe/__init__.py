@@ -164,9 +164,11 @@ def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe given by name (of those that ship) or by path. Raises RecipeError naming the known ones."""
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.is_file():
-        if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist")
-        return path
+        if path.is_file():
+            return path
+        if path.parent == Path("recipes") and (RECIPE_DIR / path.name).is_file():  # as it is called within this repository
+            return RECIPE_DIR / path.name
+        raise RecipeError(f"recipe file {path} does not exist")
     shipped = RECIPE_DIR / f"{name_or_path}.toml"
     if not shipped.is_file():
         known = sorted(p.stem for p in RECIPE_DIR.glob("*.toml"))
