@@ -358,3 +358,19 @@ def test_requests_at_their_extremes():
         engine_of(model, max_len=64, pages=1)
     with pytest.raises(ValueError, match="close_ids.*vocabulary of 48"):
         engine.submit(Request([1], SamplingParams(thinking=Thinking(3, (3, 48)))))
+
+
+def test_whoever_is_preempted_at_the_end_of_a_known_page_goes_on():
+    """All of its cells are known then; it must run again all the same."""
+    model = lively(nano(vocab_size=5))
+    engine = Engine(model, -1, max_batch=2, max_len=128, pages=8, speculate=0, prefix_cache=True)
+    one = sampled(prompt=random_ids(PAGE - 3, 5), max_tokens=20)
+    engine.submit(one)
+    while engine.scheduler.running == [] or engine.scheduler.running[0].computed < PAGE:
+        engine.step()
+    (sequence,) = engine.scheduler.running
+    engine._register(sequence)
+    engine.scheduler.preempt(sequence)
+    assert sequence.goal == PAGE and len(sequence.tokens) == PAGE + 1
+    tokens, ends, _, _ = run(engine)
+    assert set(ends.values()) == {"length"} and sequence.preempted == 1

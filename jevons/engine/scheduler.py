@@ -186,7 +186,7 @@ class Scheduler:
                      restore: Callable[[bytes, int], bool] | None = None) -> None:
         """Give a sequence without pages the known pages that its tokens begin with. `restore(key, page)` may fill further
         pages from elsewhere; `copy(source, page)` copies the cells of a page that only begins as this sequence goes on."""
-        pool, tokens = self.pool, sequence.tokens
+        pool, tokens = self.pool, sequence.tokens[: sequence.goal]  # whoever was preempted must have something to compute too
         found = pool.match(tokens)
         sequence.pages, sequence.keys = found.pages, found.keys
         sequence.computed = len(found.pages) * pool.size
