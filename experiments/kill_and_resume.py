@@ -82,6 +82,7 @@ def standing(out: Path) -> tuple[str, int, int]:
     if directories and (directories[0] / "provenance.json").exists():
         return stage, step, step
     saved = [int(p.name[5:]) for d in directories for p in d.glob("train_state/step-*") if p.name[5:].isdigit()]
+    saved += [int(p.name[4:]) for d in directories for p in d.glob("train_state/dcp-*") if p.name[4:].isdigit()]
     return stage, step, max(saved, default=0)
 
 
@@ -139,12 +140,15 @@ def main() -> int:
     print(f"{'kill':>4} {'after':>8}  {'what':<7} {'stage':<22} {'logged':>6} {'saved':>6} {'lost':>5}")
     worst = done = 0
     for number in range(1, args.kills + 1):
+        born = time.time()
         process = start(command(recipe, killed, args.processes), home / "killed.log")
         pause = rng.uniform(0, 2 * length / args.kills)  # from when it holds the directory: its imports are no progress
         while process.poll() is None and not (killed / "lock").exists():
             time.sleep(0.005)
         while process.poll() is None and str(process.pid) not in (killed / "lock").read_text() and args.processes == 1:
             time.sleep(0.005)
+        while number % 3 and process.poll() is None and not any(r.get("time.unix", 0) > born for r in lines(killed)[-3:]):
+            time.sleep(0.005)  # two of three have made a step of their own; the third may be killed while it still begins
         time.sleep(pause)
         if process.poll() is not None:
             if process.returncode:
