@@ -29,7 +29,8 @@ from jevons.numerics import Fp8
 from jevons.plan import count_parameters
 from jevons.recipe import OptimizerTable
 from jevons.train.objective import token_losses, update_router_bias
-from jevons.train.optim import build_optimizers, lr_factor
+from jevons.train.optim import build_optimizers
+from jevons.train.schedule import lr_factor
 
 VOCAB, ROWS, LENGTH = 512, 8, 256
 MTP_WEIGHT, BALANCE_SPEED = 0.3, 0.001

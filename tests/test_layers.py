@@ -1,6 +1,8 @@
 """The house rules: imports go down only, the ground floor knows no torch, and the package stays small."""
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,14 @@ def test_the_package_stays_small():
     longest = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files()}
     assert sum(sizes.values()) < 18_000
     assert {name: n for name, n in longest.items() if n > 400} == {}
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("benchmarks/*.py")]), ids=lambda p: p.name)
+def test_scripts_name_what_exists(path):
+    """A name that moved within the package would show in no other test of a script that takes minutes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jevons":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    f"line {node.lineno}: {node.module} has no {alias.name}")
