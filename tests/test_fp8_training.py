@@ -16,11 +16,12 @@ from whole_runs import metrics, timeless, write_recipe
 
 from jevons.model import build_model
 from jevons.model.precision import fp8_settings, set_training_precision
-from jevons.numerics import Fp8, fp8_gemm
+from jevons.numerics import Fp8, Fp8Weight, fp8_gemm, packed
 from jevons.numerics.fp8 import (
     Quantised,
     dequantise,
     pack_e5m6,
+    quantise_blocks,
     quantise_columns,
     quantise_tiles,
     quantise_weight,
@@ -209,24 +210,54 @@ def test_the_back_end_is_chosen_by_capability(monkeypatch):
     fp8_gemm.best_backend.cache_clear()
 
 
-def test_what_scaled_mm_is_given(monkeypatch):
-    """Its layouts are read from torch's own checks; the product itself is made by the definition here."""
-    def checked(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype):
-        m, k, n, blocks = *a.shape, b.shape[1], -(-a.shape[1] // 128)
-        assert m % 16 == k % 16 == n % 16 == 0 and a.stride() == (k, 1) and b.stride() == (1, k)
-        assert scale_a.shape == (m, blocks) and scale_a.stride(0) == 1 and (scale_a.stride(1) == m or blocks == 1)
-        square = recipe_b == F.ScalingType.BlockWise128x128
-        length = -(-blocks // 4) * 4 if square else n
-        assert scale_b.shape == ((length, -(-n // 128)) if square else (n, blocks))
-        assert scale_b.stride(0) == 1 and (scale_b.stride(1) == length or scale_b.shape[1] == 1)
-        right = scale_b.t()[:, :blocks] if square else scale_b
-        return matmul_blockwise(Quantised(a, scale_a, 1), Quantised(b.t(), right, 128 if square else 1), output_dtype)
+def checked_scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype):
+    """`F.scaled_mm` by the definition, behind torch's own checks of its layouts."""
+    m, k, n, blocks = *a.shape, b.shape[1], -(-a.shape[1] // 128)
+    assert m % 16 == k % 16 == n % 16 == 0 and a.stride() == (k, 1) and b.stride() == (1, k)
+    assert scale_a.shape == (m, blocks) and scale_a.stride(0) == 1 and (scale_a.stride(1) == m or blocks == 1)
+    square = recipe_b == F.ScalingType.BlockWise128x128
+    length = -(-blocks // 4) * 4 if square else n
+    assert scale_b.shape == ((length, -(-n // 128)) if square else (n, blocks))
+    assert scale_b.stride(0) == 1 and (scale_b.stride(1) == length or scale_b.shape[1] == 1)
+    right = scale_b.t()[:, :blocks] if square else scale_b
+    return matmul_blockwise(Quantised(a, scale_a, 1), Quantised(b.t(), right, 128 if square else 1), output_dtype)
 
-    monkeypatch.setattr(F, "scaled_mm", checked)
+
+def test_what_scaled_mm_is_given(monkeypatch):
+    monkeypatch.setattr(F, "scaled_mm", checked_scaled_mm)
     for m, n, k in [(128, 256, 640), (17, 130, 75), (1, 1, 1)]:
         a, w = quantise_tiles(torch.randn(m, k)), torch.randn(n, k)
         for b in (quantise_weight(w), quantise_tiles(w), quantise_weight(w.t().contiguous()).t()):
             assert torch.equal(fp8_gemm.scaled_mm(a, b, torch.float32), matmul_blockwise(a, b, torch.float32))
+
+
+def test_a_published_weight_on_tensor_cores(monkeypatch):
+    """Small integers times powers of two lose nothing in E4M3: any wrong scale, row or column would show."""
+    monkeypatch.setattr(F, "scaled_mm", checked_scaled_mm)
+    monkeypatch.setattr(packed, "why_no_scaled_mm", lambda device: None)
+    for n, k in [(200, 300), (128, 256), (1, 5)]:
+        x, w = torch.randint(-8, 9, (7, k)).float(), torch.randint(-8, 9, (n, k)).float()
+        x[:, ::128], w[::128, ::128] = 448, 448  # each tile's scale is 1
+        codes, scale_inv = quantise_blocks(w)
+        scale_inv = scale_inv * 2.0 ** torch.randint(-3, 4, scale_inv.shape)
+        held, bias = Fp8Weight(codes, scale_inv), torch.randint(-5, 6, (n,)).float()
+        want = x.double() @ held.dense(torch.float64).T
+        assert torch.equal(held.linear(x[:, None], None), want.bfloat16().float()[:, None])
+        assert torch.equal(held.linear(x[:, None], bias), want.bfloat16().float()[:, None] + bias)
+
+
+def test_off_a_gpu_it_says_why_not():
+    assert "no GPU" in fp8_gemm.why_no_scaled_mm(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or fp8_gemm.why_no_scaled_mm(torch.device("cuda")) is not None,
+                    reason="needs a Hopper GPU and CUDA 12.9")
+def test_scaled_mm_itself():
+    for m, n, k in (1, 128, 256), (17, 576, 7168), (128, 4096, 512):
+        x, w = torch.randn(m, k, device="cuda", dtype=torch.bfloat16), torch.randn(n, k, device="cuda")
+        held = Fp8Weight(*quantise_blocks(w))
+        want = dequantise(quantise_tiles(x)).double() @ held.dense(torch.float64).T
+        assert (held.linear(x, None).double() - want).norm() / want.norm() < 5e-3
 
 
 # -- the linear ---------------------------------------------------------------------------------------------------------------

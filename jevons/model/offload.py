@@ -11,12 +11,11 @@ import resource
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from jevons.model.moe import ExpertBank, MoE, Routing
 from jevons.model.network import CausalLM
-from jevons.numerics import Fp8Weight, IntWeight, Rows, Weight, dense, grouped_linear, kernels
+from jevons.numerics import Fp8Weight, IntWeight, Rows, Weight, dense, grouped_linear, kernels, swiglu_linear
 from jevons.numerics.memory import prefetch, resident
 
 HALF_LIFE = 256  # calls of a layer after which a use counts half
@@ -122,8 +121,7 @@ class OffloadedExperts(nn.Module):
 
 def _swiglu(x_MD: torch.Tensor, gate_up: list[Weight], down: list[Weight], ends: torch.Tensor) -> torch.Tensor:
     """Rows sorted by expert through each one's own MLP; `ends` lies on the CPU."""
-    gate, up = grouped_linear(x_MD, gate_up, ends).chunk(2, dim=-1)
-    return grouped_linear(F.silu(gate) * up, down, ends)
+    return swiglu_linear(grouped_linear(x_MD, gate_up, ends), down, ends)
 
 
 def expert_bytes(model: CausalLM) -> int:

@@ -30,19 +30,19 @@ class Quantised(NamedTuple):
         return Quantised(self.codes.transpose(-2, -1), self.scale.transpose(-2, -1), BLOCK)
 
 
-def tile_scale(largest: torch.Tensor, power_of_two: bool = False) -> torch.Tensor:
-    """max(largest, 1e-4) / 448, or the power of two at or above it. NaN where `largest` is not finite: codes saturate, so the
+def tile_scale(largest: torch.Tensor, power_of_two: bool = False, least: float = LEAST_AMAX) -> torch.Tensor:
+    """max(largest, least) / 448, or the power of two at or above it. NaN where `largest` is not finite: codes saturate, so the
     scale is what keeps an overflow visible in every product of its tile."""
-    scale = largest.float().clamp(min=LEAST_AMAX) / E4M3_MAX
+    scale = largest.float().clamp(min=least) / E4M3_MAX
     scale = _up_to_power_of_two(scale) if power_of_two else scale
     return torch.where(largest.isfinite(), scale, torch.nan)
 
 
-def quantise_tiles(x_MK: torch.Tensor, power_of_two: bool = False) -> Quantised:
+def quantise_tiles(x_MK: torch.Tensor, power_of_two: bool = False, least: float = LEAST_AMAX) -> Quantised:
     """1 x 128 tiles. codes = round(x / scale), the quotient in float32."""
     m, k = x_MK.shape
     tiles = F.pad(x_MK.float(), (0, -k % BLOCK)).reshape(m, -1, BLOCK)
-    scale = tile_scale(tiles.abs().amax(-1), power_of_two)
+    scale = tile_scale(tiles.abs().amax(-1), power_of_two, least)
     codes = (tiles / scale[..., None]).to(torch.float8_e4m3fn).view(m, -1)
     return Quantised(codes if k % BLOCK == 0 else codes[:, :k].contiguous(), scale, 1)
 

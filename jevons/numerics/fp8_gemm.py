@@ -147,6 +147,17 @@ def whole_tiles(offs_E: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Te
     return torch.where(source < offs_E[expert], source, -1), ends.to(torch.int32)
 
 
+@functools.cache
+def why_no_scaled_mm(device: torch.device) -> str | None:
+    """Why torch's `scaled_mm` cannot multiply blocks on `device`; None where it can."""
+    if device.type != "cuda":
+        return f"no GPU: the device is {device.type}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "only capability 9 (Hopper) multiplies FP8 blocks"
+    cuda = torch.version.cuda or "0.0"
+    return None if tuple(map(int, cuda.split(".")[:2])) >= (12, 9) else f"CUDA {cuda}: 12.9 would be right"
+
+
 def scaled_mm(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """cuBLASLt's block-wise product (Hopper). Its sizes are multiples of 16, its scales lie along M and N; what does not fit is
     filled up with zeros."""
@@ -189,6 +200,6 @@ def best_backend(device: str, accumulation: str = "promoted") -> Backend:
         return REFERENCE
     from jevons.numerics import triton_fp8 as t
 
-    cublas = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) >= (12, 9)
+    cublas = why_no_scaled_mm(torch.device(device)) is None
     return Backend("scaled_mm+triton" if cublas else "triton", scaled_mm if cublas else t.matmul, t.grouped, t.grouped_wgrad,
                    t.tiles, t.columns, t.weight, functools.cache(functools.partial(torch.compile, dynamic=True)))

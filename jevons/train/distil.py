@@ -10,6 +10,7 @@ import torch
 from jevons.data.packing import Batch, Document
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM, TrainOutput
+from jevons.numerics import upcast
 from jevons.recipe import DistilStage
 from jevons.train.objective import token_losses
 from jevons.train.sft import SFT
@@ -28,7 +29,7 @@ def top_k_kl(student_KV: torch.Tensor, teacher_KV: torch.Tensor, k: int) -> torc
     """KL(teacher || student) a token [K], over the teacher's `k` likeliest tokens and all others together as one more.
 
     Never more than the whole KL, and equal to it from k = V - 1 on. Logits are taken as float32 or more."""
-    teacher, student = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (teacher_KV, student_KV))
+    teacher, student = (upcast(x).log_softmax(-1) for x in (teacher_KV, student_KV))
     k = min(k, teacher.shape[-1])
     top, ids = teacher.topk(k, dim=-1)
     if k == teacher.shape[-1]:

@@ -17,24 +17,20 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from jevons.model import CausalLM
 from jevons.model.moe import ExpertBank, MoE, Routing
 from jevons.numerics import fused
-from jevons.numerics.fp8 import E4M3_MAX
+from jevons.numerics.fp8 import Quantised, dequantise, quantise_tiles
 
-TILE = 128
-EXPONENT_BIAS = 127  # a scale travels as one byte, its exponent (E8M0)
-
-
-def quantise_tiles(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes [N, D] as uint8 holding E4M3, exponents uint8 [N, ceil(D/128)]): x is about code * 2^(exponent - 127)."""
-    n, d = x_ND.shape
-    tiles = F.pad(x_ND.float(), (0, -d % TILE)).unflatten(1, (-1, TILE))
-    exponent = torch.ceil(torch.log2(tiles.abs().amax(-1) / E4M3_MAX)).clamp(-EXPONENT_BIAS + 1, EXPONENT_BIAS)  # -inf: zeros
-    codes = (tiles * torch.exp2(-exponent)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.flatten(1)[:, :d].contiguous().view(torch.uint8), (exponent + EXPONENT_BIAS).to(torch.uint8)
+LEAST = 2.0**-110  # gradients of a large batch lie far below 1e-4, and a scale's exponent costs a byte whatever it is
 
 
-def dequantise_tiles(codes_ND: torch.Tensor, exponents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    scale = torch.exp2(exponents.float() - EXPONENT_BIAS).repeat_interleave(TILE, 1)[:, : codes_ND.shape[1]]
-    return (codes_ND.view(torch.float8_e4m3fn).float() * scale).to(dtype)
+def to_bytes(x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 x 128 tiles with power-of-two scales as what travels: E4M3 codes [N, D] and E8M0 exponents [N, ceil(D/128)], uint8."""
+    tiles = quantise_tiles(x_ND, True, LEAST)
+    return tiles.codes.view(torch.uint8), (tiles.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def from_bytes(codes_ND: torch.Tensor, exponents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    scale = (exponents.to(torch.int32) << 23).view(torch.float32)
+    return dequantise(Quantised(codes_ND.view(torch.float8_e4m3fn), scale, 1), dtype)
 
 
 def exchange(x_ND: torch.Tensor, arriving: list[int], leaving: list[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -47,7 +43,7 @@ def exchange(x_ND: torch.Tensor, arriving: list[int], leaving: list[int], group:
 def carry(x_ND: torch.Tensor, arriving: list[int], leaving: list[int], group: dist.ProcessGroup, form: str) -> torch.Tensor:
     """`exchange` in a form: "same" as `x_ND` is, "bf16", "fp8"."""
     if form == "fp8":
-        return dequantise_tiles(*(exchange(part, arriving, leaving, group) for part in quantise_tiles(x_ND)), x_ND.dtype)
+        return from_bytes(*(exchange(part, arriving, leaving, group) for part in to_bytes(x_ND)), x_ND.dtype)
     if form == "bf16":
         return exchange(x_ND.bfloat16(), arriving, leaving, group).to(x_ND.dtype)
     return exchange(x_ND, arriving, leaving, group)
