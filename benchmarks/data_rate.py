@@ -48,15 +48,15 @@ def main() -> None:
             for mask, fim_rate in (("none", 0.0), ("document", 0.0), ("none", 0.1), ("document", 0.1)):
                 table = DataTable(sources=[source], seq_len=seq_len, mask=mask, fim_rate=fim_rate)
                 rows = max(1, 16_384 // seq_len)
-                stream, _ = open_data(table, tokenizer, Path(home) / "data", 0, rows)
+                stream, _ = open_data(table, tokenizer, Path(home) / "data", 0)
                 rates = [[], []]
                 for _ in range(repeat):
                     for packed in (False, True):
                         used = time.process_time()
                         for step in range(max(1, tokens // (rows * seq_len))):
-                            batch = stream.batch(step)
+                            sequences = stream.sequences(step * rows, rows)
                             if packed:
-                                pack(batch, tokenizer.pad_id, 16)
+                                pack([document for sequence in sequences for document in sequence], tokenizer.pad_id, 16)
                         rates[packed].append(max(1, tokens // (rows * seq_len)) * rows * seq_len
                                              / (time.process_time() - used) / 1e6)
                 print(f"{f'rows of {seq_len}, mask {mask}, fim {fim_rate}':<34}{statistics.median(rates[0]):>12.2f}"

@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
-from jevons.bench.machine import gemm_rate
 from jevons.bench.sides import counts
 from jevons.bench.workload import tune
 from jevons.data.tokenizer import Tokenizer
+from jevons.numerics.peak import gemm_rate
 from jevons.plan import count_parameters
 from jevons.reason.grpo import GRPO
 from jevons.reason.stages import LEAST_PROMPT

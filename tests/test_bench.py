@@ -507,7 +507,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_the_machines_rate():
-    from jevons.bench.machine import gemm_rate
+    from jevons.numerics.peak import gemm_rate
 
     before = torch.get_num_threads()
     rate, threads = gemm_rate([1], 64, torch.float32, 1)

@@ -45,9 +45,8 @@ def test_the_attention_kernel_compiles_for_a_card_that_is_not_here(run, tmp_path
     ("gpu_offload.py", {"hit rate", "floor ms", "RAM MB a step"}),
 ])
 def test_each_can_be_rehearsed(script, columns, run, tmp_path, capsys):
+    """That static steps say what eager ones do, test_graphs.py holds, in float32: in bf16 near-ties fall either way."""
     run(script, "--rehearse", "--json", tmp_path / "rows.json")
     said = json.loads((tmp_path / "rows.json").read_text())
     assert said["device"] == "rehearsal" and said["rows"] and all(columns <= row.keys() for row in said["rows"])
     assert "against float64" in capsys.readouterr().out
-    same = [row["same"] for row in said["rows"] if "same" in row]
-    assert not same or sum(same) / len(same) >= 0.5  # in bf16 a near-tie may fall either way; test_graphs.py has the strict one

@@ -446,7 +446,8 @@ def test_a_packed_model_is_the_network_of_its_weights(make, kind):
     expected, got = logits_of(unpacked(model, packed), ids), logits_of(packed, ids)
     if kind == "bf16":  # activations are bf16 too
         off = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert (off < 0.1).float().mean() > 0.8  # a rounding may choose another expert for a token or two
+        least = 0.8 if model.routers() else 1.0  # a rounding may choose another expert for a token or two
+        assert (off < 0.1).float().mean() >= least
     else:
         torch.testing.assert_close(got, expected, atol=2e-3 * float(expected.abs().max()), rtol=0)
     assert not any(p.requires_grad for p in packed.parameters())

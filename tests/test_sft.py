@@ -99,7 +99,7 @@ def test_a_foreign_template_decides_how_answers_begin(tmp_path, family, plain, t
 
 @pytest.mark.parametrize("line,message", [
     (b"{", "not JSON"),
-    (b"\xff\xfe", "not JSON"),
+    (b"\xff\xfe", "not UTF-8 text"),
     (b"[1]", "needs `messages`"),
     (b'{"text": "x"}', "needs `messages`"),
     (b'{"messages": []}', "needs `messages`"),

@@ -76,9 +76,9 @@ def tokenizer_for(table: DataTable, vocab_size: int, samples: int, directory: Pa
     return tokenizer
 
 
-def open_data(table: DataTable, tokenizer: Tokenizer, directory: Path, seed: int, rows: int,
+def open_data(table: DataTable, tokenizer: Tokenizer, directory: Path, seed: int,
               on_progress: OnProgress = lambda name, read, total, tokens: None) -> tuple[Stream, list[Document]]:
-    """The training stream of `rows` sequences a step, and the validation documents (none where the share is 0).
+    """The training stream, and the validation documents (none where the share is 0).
 
     Sources that are not shards yet are tokenised below `directory`. Raises DataError.
     """
@@ -109,4 +109,4 @@ def open_data(table: DataTable, tokenizer: Tokenizer, directory: Path, seed: int
     most = -(-table.validation_tokens // (table.seq_len * max(1, len(held_out))))
     documents = [document for part in held_out for window in range(min(most, part.windows))
                  for document in part.read(window, 0, table.mask == "document")]
-    return Stream(parts, weights, seed, rows, table.mask == "document"), documents
+    return Stream(parts, weights, seed, table.mask == "document"), documents

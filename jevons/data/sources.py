@@ -148,6 +148,16 @@ def _text(path: Path, file: File) -> Iterator[Piece]:
                 return
 
 
+def json_line(line: bytes, where: str) -> Any:
+    """One line of JSONL. Raises DataError naming `where`."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+
+
 def _jsonl(path: Path, file: File) -> Iterator[Piece]:
     read = 0
     with open(path, "rb") as f:
@@ -155,12 +165,7 @@ def _jsonl(path: Path, file: File) -> Iterator[Piece]:
             where, read = f"{file.name} line {number}", read + len(line)
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON: {error}") from None
+            row = json_line(line, where)
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a {type(row).__name__}; an object with the key {file.source.keys[0]!r} would be right")
             yield Piece(_join(row, file, where), True, read)

@@ -132,12 +132,12 @@ class Part:
 
 
 class Stream:
-    """Endless sequences from weighted parts. `rows` of them make a step's batch; `mask`: documents do not see each other."""
+    """Endless sequences from weighted parts. `mask`: documents do not see each other."""
 
-    def __init__(self, parts: Sequence[Part], weights: Sequence[float] | None, seed: int, rows: int, mask: bool):
-        if rows < 1 or not parts:
-            raise ValueError(f"a stream of {rows} rows from {len(parts)} sources; at least one of each would be right")
-        self.parts, self.seed, self.rows, self.mask = list(parts), seed, rows, mask
+    def __init__(self, parts: Sequence[Part], weights: Sequence[float] | None, seed: int, mask: bool):
+        if not parts:
+            raise ValueError("a stream of no source; at least one would be right")
+        self.parts, self.seed, self.mask = list(parts), seed, mask
         exact = [Fraction(str(w)) for w in (weights or [part.windows for part in parts])]
         self.weights = [int(w * lcm(*(w.denominator for w in exact))) for w in exact]
 
@@ -151,10 +151,6 @@ class Stream:
         """Of sequences first, ..., first + count - 1 this rank's, every `ranks`-th: each one document, or several with a mask."""
         places = [self.place(first + i) for i in range(rank, count, ranks)]
         return [self.parts[source].read(window, epoch, self.mask) for source, window, epoch in places]
-
-    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> list[Document]:
-        """This rank's documents of a step's batch; those of all ranks together are the same on any number of them."""
-        return [document for sequence in self.sequences(step * self.rows, self.rows, rank, ranks) for document in sequence]
 
     def sizes(self, first: int, count: int) -> list[int]:
         """Tokens of every document of the sequences [first, first + count), all ranks': no token is read for it."""

@@ -301,9 +301,9 @@ class Run:
             loaded = load_checkpoint(source, dtype=torch.float32, changes=None if before else self.recipe.model.set)
             self.model, self.tokenizer = loaded.model.to(self.runtime.device), loaded.tokenizer
             return
-        self.tokenizer = self.tokenizer or stages.first_tokenizer(  # the leader's, where this process follows
-           self.recipe, self.task, self._data_dir(),
-                                                lambda: self._check_stop(self.recipe.stage_name(0)))
+        if self.tokenizer is None:  # else the leader's: this process follows
+            self.tokenizer = stages.first_tokenizer(self.recipe, self.task, self._data_dir(),
+                                                    lambda: self._check_stop(self.recipe.stage_name(0)))
         self.model = build_model(stages.first_config(self.recipe), seed=self.recipe.seed).to(self.runtime.device)
 
     def _take_context(self, config: ModelConfig) -> None:
@@ -317,8 +317,8 @@ class Run:
         """The model at hand teaches (or the stage's `teacher`); from here on the student is the model at hand."""
         name, teacher, tokenizer = self.recipe.stage_name(index), self.model, self.tokenizer
         if stage.teacher:
-            stages = {self.recipe.stage_name(i): i for i in self._trained(index)}
-            source = self._checkpoint(stages[stage.teacher]) if stage.teacher in stages else stage.teacher
+            earlier = {self.recipe.stage_name(i): i for i in self._trained(index)}
+            source = self._checkpoint(earlier[stage.teacher]) if stage.teacher in earlier else stage.teacher
             loaded = load_checkpoint(source, dtype=torch.float32)
             teacher, tokenizer = loaded.model, loaded.tokenizer
         self.model, self.tokenizer = new_student(stage, teacher, tokenizer, self.recipe.seed)
@@ -331,7 +331,7 @@ class Run:
 
     def _run_record(self) -> dict[str, Any]:
         parameters = count_parameters(self.model.config)
-        stages = []
+        listed = []
         for i, stage in enumerate(self.recipe.stages):
             match stage:
                 case PretrainStage():
@@ -344,9 +344,9 @@ class Run:
                     budget = stage.steps
                 case EvalStage():
                     budget = stage.n
-            stages.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "budget": budget,
+            listed.append({"name": self.recipe.stage_name(i), "kind": stage.kind, "budget": budget,
                            "unit": "problems" if isinstance(stage, EvalStage) else "steps"})
-        return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": stages,
+        return {"kind": "run", "recipe": self.recipe.name, "description": self.recipe.description, "stages": listed,
                 "parameters": parameters.total + parameters.mtp, "active_parameters": parameters.active,
                 "dollars_per_hour": self.recipe.cost.dollars_per_hour, "taught": self.taught(),
                 "task": self.recipe.task.name if self.recipe.task else None,

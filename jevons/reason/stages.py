@@ -102,7 +102,7 @@ def pretrain(recipe: Recipe, index: int, stage: PretrainStage, model: CausalLM, 
             name, began, first = which, time.monotonic(), tokens
         on_progress(which, read, total, (tokens - first) / max(1e-3, time.monotonic() - began))
 
-    stream, validation = open_data(data, tokenizer, directory, seed, stage.timeline.batch(0) // data.seq_len, progress)
+    stream, validation = open_data(data, tokenizer, directory, seed, progress)
     return Pretrain(model, tokenizer, task, stage, seed, stream, validation, data.validate_every, *place)
 
 

@@ -24,7 +24,6 @@ class MeshTable(Table):
     schedule: Literal["1f1b", "zbv", "dualpipev"] = "1f1b"
     micro_batches: int | None = Field(None, ge=1, description="of each process (of each pipeline) a step")
     fp8_dispatch: bool = Field(False, description="tokens travel to experts in FP8, 1x128 tiles (report section 3.2.2)")
-    async_save: bool = Field(True, description="the state is written while training goes on")
     timeout: float = Field(60.0, gt=0, description="seconds until a process that does not answer ends the run")
 
     @property

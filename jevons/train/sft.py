@@ -6,7 +6,6 @@ with its row (what the V3 report calls packing with sample masking).
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from jevons.chat import ChatError, check_roles
 from jevons.data.packing import Batch, Document, Prefetcher, weight_totals
+from jevons.data.sources import DataError, json_line
 from jevons.data.tokenizer import Tokenizer
 from jevons.model import CausalLM
 from jevons.recipe import FinetuneStage, SFTStage
@@ -22,10 +22,6 @@ from jevons.train.objective import TokenObjective, micro_batches
 ROWS = 8  # examples a segment
 _PAIRS = (("question", "answer"), ("prompt", "completion"))
 Conversation = tuple[str, list[dict[str, Any]]]  # where it was read (file:line), and its messages
-
-
-class DataError(ValueError):
-    """Training data that cannot be used; the message names the file, the line and what would be right."""
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
@@ -46,10 +42,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 
 def _messages(line: bytes, where: str) -> list[dict[str, Any]]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # bytes that are no UTF-8 too
-        raise DataError(f"{where}: not JSON: {error}") from None
+    row = json_line(line, where)
     pair = next((pair for pair in _PAIRS if isinstance(row, dict) and set(pair) <= set(row)), None)
     if pair and "messages" not in row:
         row = {"messages": [{"role": "user", "content": row[pair[0]]}, {"role": "assistant", "content": row[pair[1]]}]}

@@ -105,7 +105,7 @@ class States:
     def _newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         directory = self._loop.settings.directory
         if any(directory.glob("train_state/dcp-*")):  # many processes left it
-            from jevons.train.parallel.state import load_any
+            from jevons.train.parallel.dcp import load_any
 
             return load_any(directory)
         return load_latest(directory)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from jevons.model import CausalLM, build_model
 from jevons.train.objective import LossParts, Objective
-from jevons.train.parallel import state
+from jevons.train.parallel import dcp
 from jevons.train.parallel.mesh import World, share_out
 from jevons.train.state import States
 
@@ -30,7 +30,7 @@ class Parallel:
     def __init__(self, world: World, dtype: torch.dtype = torch.float32):
         self.world, self.dtype = world, dtype  # of matrix products
         self.copies: dict[nn.Parameter, int] = {}  # on how many processes the same elements lie; 1 where not named
-        self._writer = state.Writer(world)
+        self._writer = dcp.Writer(world)
         self._real: list[bool] = []
         self._reads_own = False  # the objective hands out this process's micro-batches only
 
@@ -105,7 +105,7 @@ class Parallel:
     # -- what is saved ------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], **kept: Any) -> None:
-        """The train state, sharded; written while training goes on where the mesh table says so. `kept`: see `state.Writer`."""
+        """The train state, sharded, written while training goes on. `kept`: see `dcp.Writer`."""
         self._writer.save(directory, step, tensors, meta, **kept)
 
     def finish(self) -> None:
@@ -116,11 +116,11 @@ class Parallel:
              ) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         """The newest whole state that any layout left (or that of `step`), laid out as this one; only what this process needs."""
         self.world.meet()
-        found = self.world.tell(state.newest(directory, step) if self.world.leads else None)
+        found = self.world.tell(dcp.newest(directory, step) if self.world.leads else None)
         if found is None:
             return None
-        meta = state.read_meta(found)
-        return meta["step"], state.read(found, state.templates(model, others), self.world.talk), meta["meta"]
+        meta = dcp.read_meta(found)
+        return meta["step"], dcp.read(found, dcp.templates(model, others), self.world.talk), meta["meta"]
 
     def gather(self, model: CausalLM) -> CausalLM | None:
         """The whole model on the leader's CPU, tensor by tensor; None elsewhere."""

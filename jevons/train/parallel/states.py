@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from jevons.store.files import CheckpointError
-from jevons.train.parallel import state
+from jevons.train.parallel import dcp
 from jevons.train.state import States
 
 
@@ -17,7 +17,7 @@ class SpreadStates(States):
 
     def save(self, wait: bool = False) -> None:
         super().save(wait)
-        if wait:
+        if wait or not self._loop.settings.guard.async_save:
             self._loop.parallel.finish()
 
     def close(self) -> None:
@@ -45,8 +45,8 @@ class SpreadStates(States):
         world, root = self._loop.parallel.world, self._loop.settings.directory / "train_state"
         world.meet()  # all have read
         if world.leads:
-            for path in state.steps(root):
-                if state.number(path) > step:
+            for path in dcp.steps(root):
+                if dcp.number(path) > step:
                     shutil.rmtree(path)
             super()._drop_after(step)
         world.meet()

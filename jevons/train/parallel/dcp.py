@@ -48,8 +48,8 @@ class Writer:
 
     def save(self, stage_dir: Path, step: int, tensors: dict[str, torch.Tensor], meta: dict[str, Any], keep: int = KEEP,
              spared: Collection[int] = ()) -> None:
-        """`keep` states stay, and the `spared` steps'. Raises StoreError, the steps before intact, when the disk refuses (with
-        `async_save` at the next call)."""
+        """`keep` states stay, and the `spared` steps'. Raises StoreError, the steps before intact, where the disk refused the
+        save before; `finish` raises it of this one."""
         self.finish()
         final = Path(stage_dir) / "train_state" / f"dcp-{step:08d}"
         aside = final.with_name(final.name + ".tmp")
@@ -73,8 +73,6 @@ class Writer:
                     saved.set_exception(error)
 
             written.add_done_callback(name_it)
-        if not self.world.table.async_save:
-            self.finish()
 
     def finish(self) -> None:
         """Wait for the save under way, on every process."""
