@@ -14,9 +14,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from text_runs import Characters, Text, arguments, build, generated_acceptance, interval, kept, train, validate
+from text_runs import (
+    Characters,
+    Text,
+    arguments,
+    build,
+    generated_acceptance,
+    interval,
+    kept,
+    mixture,
+    settings_of,
+    train,
+    validate,
+)
 
-from jevons.config import ModelConfig
 from jevons.plan import count_parameters
 from jevons.recipe import OptimizerTable
 
@@ -36,18 +47,9 @@ class Settings:
     late_weight: float = 0.1
 
 
-def config_of(settings: Settings, mtp: bool, vocab: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=vocab, hidden_size=settings.hidden, intermediate_size=3 * settings.hidden,
-        moe_intermediate_size=settings.inter,
-        num_hidden_layers=settings.layers, num_attention_heads=4, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
-        n_group=4, topk_group=2, first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
-        v_head_dim=32, max_position_embeddings=256, initializer_range=0.02, aux_loss_alpha=0.0, num_nextn_predict_layers=int(mtp))
-
-
 def run(arm: str, seed: int, text: Text, settings: Settings, most: int | None) -> dict[str, Any]:
     on = arm == "on"
-    config = config_of(settings, on, len(text.characters))
+    config = mixture(len(text.characters), settings.hidden, settings.inter, settings.layers, num_nextn_predict_layers=int(on))
     model = build(config, seed)
 
     def weight(done: float) -> float:
@@ -89,15 +91,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, Settings)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
-    if args.quick:
-        settings = Settings(steps=6, rows=4, length=32, inter=16, hidden=32, layers=2)
+    settings = settings_of(args, Settings, steps=6, rows=4, length=32, inter=16, hidden=32, layers=2)
     text = Text.read(args.data)
     results = []
     for seed in args.seeds:

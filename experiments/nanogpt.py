@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from text_runs import Characters, Text, arguments, build, kept, train, windows
+from text_runs import Characters, Text, arguments, build, kept, settings_of, train, windows
 
 from jevons.config import ModelConfig
 from jevons.model import CausalLM
@@ -165,15 +165,10 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, Settings)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without it ours runs alone")
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
-    if args.quick:
-        settings.steps, settings.every, settings.eval_iters = 6, 3, 2
+    settings = settings_of(args, Settings, steps=6, every=3, eval_iters=2)
     text = Text.read(args.data)
     sides = {}
     if args.nanogpt:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +192,31 @@ def kept(out: Path | None, name: str, settings: dict[str, Any], run: Callable[[]
     return found
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, settings: type) -> argparse.ArgumentParser:
+    """What every experiment is told, and an option for each of its settings (a dataclass)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="tiny-shakespeare's input.txt, or another text")
     parser.add_argument("--out", type=Path, help="where each run leaves its result; runs found there are not repeated")
     parser.add_argument("--quick", action="store_true", help="a few steps of a smaller model: shows that it runs, nothing else")
     parser.add_argument("--threads", type=int, default=1)
+    for name, value in asdict(settings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     return parser
+
+
+def settings_of(args: argparse.Namespace, settings: type, **quick: int) -> Any:
+    """The settings that were given, or the `quick` ones; torch has its threads from here on."""
+    torch.set_num_threads(args.threads)
+    return settings(**quick) if args.quick else settings(**{name: getattr(args, name) for name in asdict(settings())})
+
+
+def mixture(vocab: int, hidden: int, inter: int, layers: int = 4, **changes: Any) -> ModelConfig:
+    """A V3-style model of 16 experts, 4 of them a token's."""
+    return ModelConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, moe_intermediate_size=inter, num_hidden_layers=layers,
+        num_attention_heads=4, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, n_group=4, topk_group=2,
+        first_k_dense_replace=1, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
+        max_position_embeddings=256, initializer_range=0.02, **{"aux_loss_alpha": 0.0} | changes)
 
 
 def build(config: ModelConfig, seed: int) -> CausalLM:

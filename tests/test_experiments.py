@@ -85,7 +85,7 @@ def test_balancing(load, data, tmp_path, capsys):
 
 def test_batch_wise_loss_sees_one_row(load):
     script = load("experiments", "balancing")
-    config = script.config_of(script.Settings(inter=16, hidden=32), 0.1, 20)
+    config = script.mixture(20, 32, 16, aux_loss_alpha=0.1)
     tokens, positions = torch.randint(20, (48,)), torch.arange(12).repeat(4)
     found = []
     for arm in ("sequence", "batch"):
@@ -110,7 +110,7 @@ def test_mtp(load, data, capsys):
 
 def test_mtp_arms_begin_with_the_same_weights(load):
     script = load("experiments", "mtp")
-    off, on = (script.build(script.config_of(script.Settings(hidden=32, inter=16), mtp, 20), 7) for mtp in (False, True))
+    off, on = (script.build(script.mixture(20, 32, 16, num_nextn_predict_layers=int(mtp)), 7) for mtp in (False, True))
     theirs = dict(on.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in off.named_parameters())
     assert count_parameters(off.config).active == count_parameters(on.config).active
