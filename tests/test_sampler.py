@@ -131,6 +131,12 @@ def test_top_p_keeps_exactly_the_nucleus():
         assert all(kept[i] == row[i] for i in inside)
 
 
+def test_the_smallest_top_p_there_is_keeps_the_best_token():
+    probs = torch.randn(8, 50).softmax(-1)
+    kept = keep_top_p(probs, torch.tensor([1e-300, 1e-46, 5e-324, 1e-40] * 2))  # most of them 0 in float32
+    assert ((kept > 0).sum(-1) == 1).all() and (kept.argmax(-1) == probs.argmax(-1)).all()
+
+
 def test_top_p_on_the_edge():
     probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).repeat(4, 1)
     kept = keep_top_p(probs, torch.tensor([0.5, 0.50001, 0.75, 1e-6]))
