@@ -205,18 +205,19 @@ def naive_experts(x, routing, gate_up, down):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("dim,inter", [(16, 24), (7, 24), (16, 5)])  # odd widths have no grouped product
 @pytest.mark.parametrize("n,k,allowed", [(25, 2, None), (1, 3, None), (1, 1, None), (9, 2, [1, 4]), (5, 1, [5]), (5, 1, [0]),
                                          (40, 6, None)])
-def test_experts_and_their_gradients(n, k, allowed):
+def test_experts_and_their_gradients(n, k, allowed, dim, inter):
     """Experts that get no token included: their gradient is zero, and nothing of another leaks into it."""
-    bank, routing = random_bank(), random_routing(n, k, 6, allowed)
-    x = torch.randn(n, 16, requires_grad=True)
+    bank, routing = random_bank(dim=dim, inter=inter), random_routing(n, k, 6, allowed)
+    x = torch.randn(n, dim, requires_grad=True)
     out = bank(x, routing)
     exact = [t.detach().double().requires_grad_() for t in (x, bank.gate_up_proj, bank.down_proj)]
     weights = routing.weights_NK.detach().double().requires_grad_()
     expected = naive_experts(exact[0], Routing(routing.experts_NK, weights, routing.rows_E, routing.load_E, None), *exact[1:])
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
-    grad = torch.randn(n, 16)
+    grad = torch.randn(n, dim)
     got = torch.autograd.grad(out, [x, bank.gate_up_proj, bank.down_proj, routing.weights_NK], grad)
     want = torch.autograd.grad(expected, [*exact, weights], grad.double())
     for a, b in zip(got, want, strict=True):
@@ -225,10 +226,11 @@ def test_experts_and_their_gradients(n, k, allowed):
     assert all((g[idle] == 0).all() for g in got[1:3])
 
 
+@pytest.mark.parametrize("dim", [16, 12])
 @pytest.mark.parametrize("n,allowed", [(1, None), (37, None), (200, None), (200, [1, 4])])  # many rows: in aligned blocks
-def test_experts_in_bf16(n, allowed):
-    bank, routing = random_bank(), random_routing(n, 2, 6, allowed)
-    x = torch.randn(n, 16)
+def test_experts_in_bf16(n, allowed, dim):
+    bank, routing = random_bank(dim=dim), random_routing(n, 2, 6, allowed)
+    x = torch.randn(n, dim)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = bank(x, routing)
     expected = naive_experts(x, routing, bank.gate_up_proj, bank.down_proj)

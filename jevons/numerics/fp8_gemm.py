@@ -86,17 +86,18 @@ def matmul_fast(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
 def grouped_fast(a: Quantised, b: Quantised, offs_E: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     x, y = _operands(a, b, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _grouped_mm(x, y.transpose(-2, -1), offs_E).to(dtype)
+        return grouped_mm(x, y.transpose(-2, -1), offs_E).to(dtype)
 
 
 def grouped_wgrad_fast(a: Quantised, b: Quantised, offs_E: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast(a.codes.device.type, enabled=False):
-        return _grouped_mm(dequantise(a), dequantise(b).t(), offs_E).to(dtype)
+        return grouped_mm(dequantise(a), dequantise(b).t(), offs_E).to(dtype)
 
 
-def _grouped_mm(x: torch.Tensor, y: torch.Tensor, offs_E: torch.Tensor) -> torch.Tensor:
-    """`F.grouped_mm`, or one product an expert where it asks for strides of 16 bytes that these have not."""
-    if all(t.shape[d] * t.element_size() % 16 == 0 for t in (x, y) for d in (-2, -1)):
+def grouped_mm(x: torch.Tensor, y: torch.Tensor, offs_E: torch.Tensor) -> torch.Tensor:
+    """`F.grouped_mm`, or one product an expert where it asks for strides of 16 bytes that these have not, and in float64."""
+    sides = [*y.shape[-2:], *(x.shape if y.dim() == 2 else x.shape[-1:])]
+    if x.dtype != torch.float64 and all(side * x.element_size() % 16 == 0 for side in sides):
         return F.grouped_mm(x, y, offs=offs_E)
     ends = offs_E.tolist()
     spans = list(zip([0, *ends], ends, strict=False))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from jevons.numerics.fp8_gemm import grouped_mm
 from jevons.numerics.fp8_linear import Fp8, fp8_linear, training
 from jevons.numerics.fused import swiglu
 from jevons.numerics.kernels import FEW, FEW_FP8, handle, linear_dense, linear_packed, usable
@@ -97,10 +98,7 @@ def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], o
     if torch.is_autocast_enabled(x_MD.device.type):
         dtype = torch.get_autocast_dtype(x_MD.device.type)
         x_MD, w_EFD = x_MD.to(dtype), w_EFD.to(dtype)
-    if x_MD.dtype == torch.float64:  # grouped_mm has no float64
-        return torch.cat([F.linear(x, w) for x, w in zip(x_MD.split(offs_E.diff(prepend=offs_E.new_zeros(1)).tolist()), w_EFD,
-                                                         strict=True)])
-    return F.grouped_mm(x_MD, w_EFD.transpose(-2, -1), offs=offs_E)
+    return grouped_mm(x_MD, w_EFD.transpose(-2, -1), offs_E)
 
 
 def swiglu_linear(gate_up: torch.Tensor, weight: Weight | Sequence[Weight], offs_E: torch.Tensor | None = None,
