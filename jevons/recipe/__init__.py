@@ -39,7 +39,7 @@ class RecipeError(ValueError):
 class Recipe(Table):
     name: str = Field(pattern=DIRECTORY_NAME)
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**62), lt=2**62)
     model: ModelTable
     task: TaskTable | None = None
     data: DataTable | None = None
@@ -157,7 +157,8 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in (*_KINDS, *TAGS))
         value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
-        raise RecipeError(f"{source}: `{where}`{value}: {first['msg']}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{source}: `{where}`{value}: {said}" if where else f"{source}: {said}") from None
 
 
 def find_recipe(name_or_path: str) -> Path:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 class Phase(BaseModel):
     """One piece: constant at `to`, or from the phase before's end (the first: from 0) to it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     to: float = Field(ge=0, allow_inf_nan=False)
     until: float = Field(1.0, gt=0, allow_inf_nan=False, description="tokens where it ends; up to 1: a part of the stage")

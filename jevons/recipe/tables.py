@@ -10,7 +10,7 @@ from jevons.recipe.schedule import scheduled
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 SETTABLE = {"max_position_embeddings", "rope_theta", "rope_scaling", "aux_loss_alpha"}  # what changes no tensor's shape
