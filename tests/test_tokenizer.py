@@ -67,6 +67,8 @@ def test_decode_shows_specials_and_skips_all_but_the_tags():
 
 def test_surrogates_become_question_marks():
     assert TOKENIZER.decode(TOKENIZER.encode("a\ud800é")) == "a?é"
+    learned = train_tokenizer(["a\ud800é"] * 3, 288)
+    assert learned.decode(learned.encode("é")) == "é", "a text with one is learned from too"
 
 
 @settings(deadline=None)

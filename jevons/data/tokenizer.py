@@ -185,7 +185,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, fim: bool = False) ->
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     full.decoder = decoders.ByteLevel()
-    full.train_from_iterator(texts, trainers.BpeTrainer(
+    full.train_from_iterator(map(_clean, texts), trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[_added(t) for t in tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     ))
