@@ -84,6 +84,7 @@ def test_jsonl_and_parquet_give_the_same_documents(tmp_path):
     (b'{}', r"line 3: no key 'text'; it has none"),
     (b'["x"]', r"line 3: a list; an object with the key 'text' would be right"),
     (b'{"text": "x"', r"line 3: not JSON: Expecting ',' delimiter"),
+    (b"[" * 100_000, r"line 3: not JSON: maximum recursion depth"),
     (b'{"text": "\xe4"}', r"line 3: not UTF-8 text: invalid continuation byte at byte 10 of the line"),
 ])
 def test_bad_jsonl_lines(tmp_path, line, message):

@@ -192,9 +192,17 @@ def test_what_is_refused(tmp_path, tokenizer):
     (tmp_path / "foreign" / "thesis.doc").touch()
     with pytest.raises(DataError, match="foreign holds 'thesis.doc' but no index.json"):
         build_shards([source], tokenizer, tmp_path / "foreign")
+    (tmp_path / "e.txt").write_text("  \n \n")
+    with pytest.raises(DataError, match="e.txt: no text; all of 1 documents are empty"):
+        build_shards([SourceTable(path=str(tmp_path / "e.txt"))], tokenizer, tmp_path / "white")
     write_jsonl(tmp_path / "e.jsonl", ["", "  "])
     with pytest.raises(DataError, match="e.jsonl: no text; all of 2 documents are empty"):
         build_shards([SourceTable(path=str(tmp_path / "e.jsonl"))], tokenizer, tmp_path / "empty")
+    (tmp_path / "e.jsonl").write_text("[")
+    with pytest.raises(DataError, match="e.jsonl line 1: not JSON"):
+        build_shards([SourceTable(path=str(tmp_path / "e.jsonl"))], tokenizer, tmp_path / "begun")
+    (tmp_path / "e.txt").write_text("sun\n \n\n")
+    assert build_shards([SourceTable(path=str(tmp_path / "e.txt"))], tokenizer, tmp_path / "begun").total > 1, "no shard was lost"
     with pytest.raises(DataError, match="index.json does not exist; `jevons tokenize` makes one"):
         Shards(tmp_path, tokenizer)
 

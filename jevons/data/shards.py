@@ -51,13 +51,13 @@ def build_shards(sources: Sequence[SourceTable], tokenizer: Tokenizer, directory
             tokenizer.vocab_size, "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", "shard_tokens": shard_tokens,
             "asked": asked, "sources": [file.record() for file in files]}
     with _lock(directory, lambda: on_progress(0, 1, 0)):
-        if (directory / INDEX).exists():
-            index = _read_index(directory)
+        index = _read_index(directory) if (directory / INDEX).exists() else None
+        if index and index["shards"]:
             _check_same(directory, index, head)
-        else:
+        else:  # new, or begun with what turned out not to be readable, and without a shard yet
             own = ("lock", "download", "tokenizer.json", "tokenizer_config.json", f"{INDEX}.tmp")  # a killed process left them
             foreign = sorted(p.name for p in directory.iterdir() if p.name not in own)
-            if foreign:
+            if foreign and index is None:
                 raise DataError(f"{directory} holds {foreign[0]!r} but no {INDEX}, so it is no shards'; give another directory")
             index = head | {"shards": [], "empty": 0, "complete": False}
             tokenizer.save(directory)

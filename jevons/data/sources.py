@@ -140,7 +140,7 @@ def _text(path: Path, file: File) -> Iterator[Piece]:
             if separator:
                 *whole, rest = rest.split(separator)
                 yield from (Piece(text, True, at) for text in whole)
-            elif block and (cut := rest.rfind("\n") + 1 or (len(rest) if len(rest) > 4 * BLOCK else 0)):
+            elif block and not rest.isspace() and (cut := rest.rfind("\n") + 1 or (len(rest) if len(rest) > 4 * BLOCK else 0)):
                 yield Piece(rest[:cut], False, at)
                 rest = rest[cut:]
             if not block:
@@ -154,7 +154,7 @@ def json_line(line: bytes, where: str) -> Any:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
 
 
