@@ -274,6 +274,15 @@ def test_rollouts_are_a_function_of_weights_seed_and_step(tokenizer):
     assert answers(7, 3) != first
 
 
+def test_rollouts_of_a_damaged_model_are_an_error(tokenizer):
+    """Not empty answers, which would be scored and trained on."""
+    model = lively(nano())
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        objective_of(model, tokenizer, stage_of()).roller.roll(0)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

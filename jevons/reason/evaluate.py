@@ -19,7 +19,7 @@ from jevons.engine.engine import Engine
 from jevons.engine.types import Completion, Request, SamplingParams
 from jevons.model import CausalLM
 from jevons.numerics.memory import on_device
-from jevons.reason.rollout import completion_text
+from jevons.reason.rollout import check_finite, completion_text
 from jevons.store.files import write_text
 from jevons.tasks.base import Problem, Task
 
@@ -91,8 +91,7 @@ def evaluate(model: CausalLM, tokenizer: Tokenizer, task: Task, n: int = 1000, s
         Request(prompt, SamplingParams(max_tokens, temperature, seed=(seed << 32) + i * samples + k,
                                        stop_token_ids=tokenizer.stop_ids))
         for i, prompt in enumerate(prompts) for k in range(samples)], on_step)
-    if any(c.finish_reason == "error" for c in completions):
-        raise ValueError("the model's logits are not finite; a weight is damaged")
+    check_finite(completions)
     end = tokenizer.special[END_THINK]
     opened = ReasoningParser.after(prompts[0], tokenizer).in_reasoning
     lines, scores, lengths, thinking, answers = [], [], [], [], []

@@ -40,6 +40,12 @@ class Episode:
         return {"prompt": self.problem.prompt, "thought": thought, "answer": answer, "correct": int(self.reward.correct == 1.0)}
 
 
+def check_finite(completions: Sequence[Completion]) -> None:
+    """Raises ValueError for a model that could not finish them."""
+    if any(c.finish_reason == "error" for c in completions):
+        raise ValueError("the model's logits are not finite; a weight is damaged")
+
+
 def completion_text(completion: Completion, tokenizer: Tokenizer) -> str:
     """Decoded completion without its eos; special tokens as their text."""
     ids = completion.token_ids
@@ -107,6 +113,7 @@ class Roller:
         rank, ranks = self.part
         groups = [requests[i : i + stage.group_size] for i in range(0, len(requests), stage.group_size)]
         completions = self.engine.generate([request for group in groups[rank::ranks] for request in group], on_step)
+        check_finite(completions)
         own = []
         for index, completion in enumerate(completions):
             problem = problems[rank::ranks][index // stage.group_size]

@@ -14,7 +14,7 @@ from jevons.engine.engine import Engine
 from jevons.engine.types import Request, SamplingParams
 from jevons.model import CausalLM, build_model
 from jevons.plan.fit import student_config
-from jevons.reason.rollout import completion_text
+from jevons.reason.rollout import check_finite, completion_text
 from jevons.recipe import DistilStage
 from jevons.store.checkpoint import load_checkpoint
 from jevons.store.files import write_text
@@ -68,6 +68,7 @@ def _round(model: CausalLM, tokenizer: Tokenizer, task: Task, stage: DistilStage
         Request(prompt, SamplingParams(stage.max_tokens, stage.temperature, seed=rng.getrandbits(63),
                                        stop_token_ids=tokenizer.stop_ids))
         for prompt in prompts for _ in range(stage.samples)], check_stop)
+    check_finite(completions)
     lines: dict[str, None] = {}  # a teacher that says the same twice says it once
     for index, completion in enumerate(completions):
         problem, text = problems[index // stage.samples], completion_text(completion, tokenizer)
