@@ -98,6 +98,38 @@ def test_a_file_that_cannot_be_imported_is_named(tmp_path):
             load_task(f"{tmp_path}/broken.py:Task")
 
 
+WATCHED = """
+from jevons.tasks.base import Problem, Reward
+class Faulty:
+    name = "faulty"
+    def sample(self, rng):
+        return Problem("q", "the key", {}) if rng else None
+    def score(self, problem, text):
+        return {"right": Reward({"correct": 1.0}), "nan": Reward({"correct": 1.0, "format": float("nan")}),
+                "none": None, "bare": 1.0}[text]
+    def trace(self, problem, rng):
+        return text_of(problem)
+"""
+
+
+def test_what_a_class_of_ones_own_raises_or_gives_is_said(tmp_path):
+    (tmp_path / "own.py").write_text(WATCHED)
+    task = load_task(f"{tmp_path}/own.py:Faulty")
+    problem = task.sample(True)
+    assert task.name == "faulty" and task.score(problem, "right").correct == 1.0
+    assert not hasattr(task, "sample_heldout") and callable(task.trace)
+    for call, message in [
+        (lambda: task.sample(None), r"own.py:Faulty': sample gave None; a Problem would be right"),
+        (lambda: task.score(problem, "nan"), r"score of problem 'the key' and the answer 'nan' gave Reward.*nan.*finite numbers"),
+        (lambda: task.score(problem, "none"), r"gave None; a Reward of finite numbers would be right"),
+        (lambda: task.score(problem, "bare"), r"gave 1.0; a Reward"),
+        (lambda: task.score(problem, "other"), r"raised KeyError: 'other' \(.*own.py, line 8\)"),
+        (lambda: task.trace(problem, None), r"trace raised NameError: name 'text_of' is not defined \(.*own.py, line 11\)"),
+    ]:
+        with pytest.raises(TaskError, match=message):
+            call()
+
+
 def test_tasks_load_without_torch():
     code = "import sys, jevons.tasks.registry as r; r.load_task('countdown'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jevons.tasks.base import Task
+from jevons.tasks.own import OwnTask, TaskError
 
 BUILT_IN = {"countdown": ("jevons.tasks.countdown", "Countdown")}
-
-
-class TaskError(ValueError):
-    """A task that cannot be loaded; the message names the file, class or argument and what would be right."""
 
 
 def load_task(name: str, args: dict[str, Any] | None = None) -> Task:
@@ -45,11 +42,12 @@ def load_task(name: str, args: dict[str, Any] | None = None) -> Task:
         raise TaskError(f"task {name!r}: {error}; it takes {inspect.signature(kind)}") from None
     try:
         task = kind(**args)
-    except ValueError as error:
-        raise TaskError(f"task {name!r}: {error}") from error
+    except Exception as error:
+        kind_of = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise TaskError(f"task {name!r}: {kind_of}{error}") from error
     if not isinstance(getattr(task, "name", None), str):
         raise TaskError(f"task {name!r}: the class has no `name`; write name = {kind.__name__.lower()!r} in it")
-    return task
+    return OwnTask(task, name) if ".py:" in name else task
 
 
 def portable_name(name: str) -> str:
