@@ -146,6 +146,8 @@ BAD = [
     (422, "temperature", user(temperature="0.5")), (422, "max_tokens", user(max_tokens=0)),
     (422, "max_tokens", user(max_tokens=1.5)),
     (422, "top_p", user(top_p=0)), (422, "top_p", user(top_p=1.01)), (422, "seed", user(seed=10**40)),
+    (400, "top_k", user(top_k=5)), (400, "min_p", user(min_p=0.1)), (400, "temprature", user(temprature=0)),
+    (422, "stop", user(stop=[1])), (422, "stop", user(stop={"a": 1})),
     (422, "stop", user(stop=["a"] * 17)), (422, "stop", user(stop="")), (422, "messages", {"temperature": 1}),
     (422, "messages[0]", user(messages=[{"role": "user"}])),
     (422, "messages[0].content", user(messages=[{"role": "user", "content": [{"type": "image_url"}]}])),
@@ -163,6 +165,14 @@ def test_bad_requests(live, status, param, body, stream):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["param"] == param and error["message"]
     assert live.engine.seen == [] or live.engine.seen[-1].prompt_ids != body
+
+
+def test_a_wrong_value_is_named_and_labels_are_let_through(live):
+    error = live.ask(body=user(temperature=9)).json()["error"]
+    assert error["message"] == "temperature is 9: Input should be less than or equal to 2"
+    error = live.ask(body=user(temprature=0)).json()["error"]
+    assert error["message"] == "temprature is not a field of a request; temperature would be"
+    assert live.ask(body=user(user="me", metadata={"a": "b"}, store=False, top_k=-1, max_tokens=2)).status_code == 200
 
 
 def test_too_long_a_prompt_says_both_lengths_and_unknown_model_its_code(live):

@@ -126,7 +126,10 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if first["loc"] == ("body",):
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_json")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]).lstrip(".")
-    return ApiError(422, f"{param}: {message}", param, "invalid_parameter")
+    value, said = first.get("input"), param
+    if first["type"] != "missing" and (value is None or isinstance(value, (str, int, float))):
+        said += f" is {value!r:.60}"
+    return ApiError(422, f"{said}: {message}", param, "invalid_parameter")
 
 
 def create_app(host: EngineHost, tokenizer_getter: Callable[[], Any], settings: ServeSettings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none",),
     "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": ({},),
-    "web_search_options": (), "reasoning_effort": (),
+    "web_search_options": (), "reasoning_effort": (), "top_k": (-1, 0), "min_p": (0,), "repetition_penalty": (1,),
+    "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "echo": (False,), "suffix": ("",),
+    "chat_template_kwargs": ({},), "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (),
 }
 
 
@@ -73,7 +76,8 @@ class ThinkingSwitch(_Model):
 
 
 class ChatRequest(_Model):
-    """Body of POST /v1/chat/completions. Unknown fields are accepted; those that would be ignored are not.
+    """Body of POST /v1/chat/completions. Labels of others (`user`, `metadata`) are accepted; fields that ask for what is not done
+    here are not, nor are misspelt ones.
 
     Ours: `max_thinking_tokens`, `loop_guard` and `votes` (see docs/api.md)."""
 
@@ -93,12 +97,13 @@ class ChatRequest(_Model):
     thinking: ThinkingSwitch | None = None
     loop_guard: bool | None = None
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > _MAX_STOPS or not all(1 <= len(s) <= 1000 for s in strings):
-            raise ValueError(f"stop takes at most {_MAX_STOPS} strings of 1 to 1000 characters")
+    def _check_stop(cls, stop: Any) -> Any:
+        strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        whole = isinstance(strings, list) and len(strings) <= _MAX_STOPS
+        if not whole or not all(isinstance(s, str) and 1 <= len(s) <= 1000 for s in strings):
+            raise ValueError(f"a string, or a list of at most {_MAX_STOPS}, each of 1 to 1000 characters, would be right")
         return stop
 
     @property
@@ -126,6 +131,9 @@ class ChatRequest(_Model):
             if (value := extra.get(name)) is not None and value not in harmless:
                 hint = f"; leave it out or send {harmless[0]!r}" if harmless else "; leave it out"
                 raise Unsupported(name, f"{name} is not supported by this server{hint}")
+        for name in extra.keys() - _UNSUPPORTED.keys():
+            if near := difflib.get_close_matches(name, type(self).model_fields, n=1, cutoff=0.8):
+                raise Unsupported(name, f"{name} is not a field of a request; {near[0]} would be")
         for index, message in enumerate(self.messages):
             for name in ("tool_calls", "prefix"):
                 if (message.model_extra or {}).get(name):
