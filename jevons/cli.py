@@ -272,8 +272,11 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:  # every error class of bad input derives from one of these
-        own_words = isinstance(error, OSError) and error.filename is None and error.strerror  # ours need no "[Errno 98]"
-        typer.echo(f"error: {own_words or error}", err=True)
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without its "[Errno 98]"
+            said = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+            said += "; a directory would be right" * isinstance(error, (FileExistsError, NotADirectoryError))
+        typer.echo(f"error: {said}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
