@@ -102,6 +102,8 @@ class ModelConfig(BaseModel):
             value = getattr(self, name)
             if type(value) in (int, float):
                 need(value > 0 if name in positive else value >= 0, f"{name} is {value}; it must be positive")
+        for name, most in (("num_hidden_layers", 4096), ("n_routed_experts", 65_536)):  # more only takes time to be refused
+            need(getattr(self, name) <= most, f"{name} is {getattr(self, name)}; at most {most:,} would be right")
         if self.is_moe:
             need(self.is_deepseek, f"n_routed_experts {self.n_routed_experts} is not supported for {self.architecture}")
             need(self.n_routed_experts % self.n_group == 0,
@@ -288,7 +290,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a checkpoint directory holds config.json beside its safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; an object would be right")

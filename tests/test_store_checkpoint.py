@@ -59,7 +59,7 @@ def edit_config(directory, **fields):
 @pytest.mark.parametrize("limit", [10**9, 20_000])
 def test_round_trip(tmp_path, name, limit):
     model = random_model(CONFIGS[name])
-    provenance = {"recipe": "é", "seed": 3, "scores": [0.5]}
+    provenance = {"recipe": "é", "seed": 3, "scores": [{"name": "a", "accuracy": 0.5, "n": 2}]}
     save_checkpoint(tmp_path, model, TOKENIZER, provenance, max_shard_bytes=limit)
     loaded = load_checkpoint(tmp_path)
     assert loaded.config == CONFIGS[name] and loaded.provenance == provenance
@@ -144,9 +144,19 @@ def test_other_damage(saved):
         load_checkpoint(directory)
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         load_checkpoint(directory / "nowhere")
-    (directory / "provenance.json").write_text("[1")
-    with pytest.raises(CheckpointError, match="provenance.json"):
-        ck.read_provenance(directory)
+    for text, message in (("[1", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "holds list"),
+                          ('{"task": 5}', "task is 5; an object"), ('{"task": {"name": 5}}', "task is .*name and args"),
+                          ('{"scores": 7}', "scores is 7; a list"), ('{"scores": [{"a": 1}]}', "with name, accuracy and n")):
+        (directory / "provenance.json").write_text(text)
+        with pytest.raises(CheckpointError, match=f"provenance.json.* {message}"):
+            ck.read_provenance(directory)
+    (directory / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="config.json is not JSON: maximum recursion"):
+        load_checkpoint(directory)
+    for name, most in (("num_hidden_layers", "4,096"), ("n_routed_experts", "65,536")):
+        (directory / "config.json").write_text(json.dumps(CONFIGS["v3"].to_hf() | {name: 10**9}))
+        with pytest.raises(ConfigError, match=f"config.json: {name} is 1000000000; at most {most} would be right"):
+            ck.ModelConfig.load(directory)
 
 
 def test_without_a_tokenizer(tmp_path):

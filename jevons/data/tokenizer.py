@@ -210,7 +210,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from None
     return raw if isinstance(raw, dict) else {}
 

@@ -168,9 +168,19 @@ def read_provenance(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a JSON object: {error}") from None
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds {type(raw).__name__}; an object would be right")
+    task, scores = raw.get("task"), raw.get("scores", [])
+    if task is not None and not (isinstance(task, dict) and isinstance(task.get("name"), str)
+                                 and isinstance(task.get("args", {}), dict)):
+        raise CheckpointError(f"{path}: task is {task!r:.80}; an object with name and args would be right")
+    keys = {"name", "accuracy", "n"}
+    if not isinstance(scores, list) or not all(isinstance(score, dict) and keys <= score.keys() for score in scores):
+        raise CheckpointError(f"{path}: scores is {scores!r:.80}; a list of objects with name, accuracy and n would be right")
+    return raw
 
 
 def fingerprint(directory: str | Path, *more: str) -> bytes:
