@@ -72,7 +72,7 @@ def test_a_policy_loss_and_a_guard_that_is_off():
 
 
 @pytest.mark.parametrize("line, problem", [
-    ("spike = 0.5", "`guard.spike` = 0.5: Value error, 0 \\(off\\) or above 1 would be right"),
+    ("spike = 0.5", "`guard.spike` = 0.5: 0 \\(off\\) or above 1 would be right"),
     ("rollback_after = 0", "`guard.rollback_after` = 0"), ("keep = 0", "`guard.keep` = 0"),
     ("roll_back_after = 3", "unknown key `guard.roll_back_after`; the nearest known key is `guard.rollback_after`")])
 def test_a_table_that_is_wrong(line, problem):
