@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -284,30 +285,29 @@ class Engine:
 
     def _decode_rows(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
         """One token for each of some consecutive rows. Returns those that ended."""
-        first, end, rows = sequences[0].row, sequences[-1].row + 1, self.rows
-        logits, tokens, logprobs = map(torch.cat, zip(*self._by_cores(self._next_tokens, first, end), strict=True))
+        shares, drawn, logprobs = zip(*self._by_cores(self._next_tokens, sequences[0].row, sequences[-1].row + 1), strict=True)
+        logits, tokens, logprobs = shares[0] if len(shares) == 1 else torch.cat(shares), chain(*drawn), chain(*logprobs)
         ended = []
-        for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
+        for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens, logprobs, strict=True)):
             sequence.computed += 1
             forced = bool(sequence.forced)
             if self._emit(sequence, token, logprob, logits, i, events):
                 ended.append(sequence)
             elif forced:
-                rows.follow(sequence)
+                self.rows.follow(sequence)
         return ended
 
     @torch.inference_mode()
-    def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
         """Logits, tokens and log-probs of rows first .. end. Writes to these rows and their pages only."""
         if self.graphs is not None:
-            return self.graphs.decode(first, end)
+            logits, tokens, logprobs = self.graphs.decode(first, end)
+            return logits, tokens.tolist(), logprobs.tolist()
         rows = self.rows
-        meta = build_meta(rows.table[first:end], rows.length[first:end], None, PAGE)
-        hidden = self.model(rows.last[first:end].to(self.device), meta.positions_N, self.cache, meta)
+        given = rows.last[first:end].tolist(), [1] * (end - first), rows.length[first:end].tolist()
+        _, logits, tokens, logprobs = rows.step(self.model, self.cache, first, *given)
         rows.length[first:end] += 1
-        logits = self.model.logits(hidden)
-        tokens, logprobs = rows.choose(logits, slice(first, end))
-        rows.last[first:end] = tokens
+        rows.last[first:end] = torch.tensor(tokens)
         return logits, tokens, logprobs
 
     def _verify(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
