@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class CDraft(ctypes.Structure):
 
 
 DONE, NO_PAGE, OUTSIDE, NOT_DRAWN = range(4)  # `Outcome` of pass.cpp
-Held = list[tuple[dict[str, Any], str, Any, int | None]]  # where a weight is looked up, its name, itself, its address
+Held = list[tuple[dict[str, Any], str, Any]]  # where a weight is looked up, its name, itself
 
 
 class Undescribed(Exception):
@@ -105,7 +106,7 @@ class NativePass:
         self.array: ctypes.Array[CBlock] | None = None
         self.head: CProjection | None = None
         self.dtype: torch.dtype | None = None
-        self.held: Held = []
+        self.held: tuple[Any, Any] = ((), (), ()), ((), [])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"modules": self.modules}  # addresses: worthless in a copy
@@ -126,7 +127,7 @@ class NativePass:
         x = None if x is None else x.clone(memory_format=torch.contiguous_format)
         out, positions = torch.empty(len(positions_N), like.shape[1], dtype=like.dtype), positions_N.contiguous()
         tokens = None if tokens_N is None else tokens_N.contiguous()
-        call = self._call(None if tokens is None else tokens.data_ptr(), len(positions), out, rope, cache, first)
+        call = self._call(None if tokens is None else tokens.data_ptr(), len(positions), out.data_ptr(), rope, cache, first)
         call.positions, call.x, call.batch = positions.data_ptr(), None if x is None else x.data_ptr(), ctypes.pointer(meta.batch)
         _check(library().jevons_pass(self.array, len(self.array), ctypes.byref(call)), meta.sequences)
         return out
@@ -142,7 +143,7 @@ class NativePass:
         out, logits = torch.empty(n, like.shape[1], dtype=like.dtype), torch.empty(n, self.head.rows, dtype=like.dtype)
         array, (flat, *where) = _integers(tokens, contexts, counts, rows)
         drawn, logprobs = (c_int64 * n)(), (c_float * n)()
-        call = self._call(flat, n, out, rope, cache, 0)
+        call = self._call(flat, n, out.data_ptr(), rope, cache, 0)
         step = CStep(len(counts), cache.page_size, *where, ctypes.pointer(params), self.head, logits.data_ptr(),
                      ctypes.addressof(drawn), ctypes.addressof(logprobs))
         step.kept = array
@@ -171,13 +172,18 @@ class NativePass:
         _check(outcome, len(counts))
         return [drafts[i * most : i * most + count] for i, count in enumerate(wanted)]
 
-    def _call(self, tokens: int | None, n: int, out: torch.Tensor | None, rope: torch.Tensor, cache: KVCache,
-              first: int) -> CCall:
-        table, data = self.modules[2].weight, cache.data
-        layer = data.stride(0) * data.itemsize
-        return CCall(tokens, None, table.data_ptr(), None, None if out is None else out.data_ptr(), rope.data_ptr(),
-                     data.data_ptr() + first * layer, None, n, table.shape[1], table.shape[0], len(rope), layer, data.shape[1],
-                     KINDS[table.dtype], KINDS[data.dtype], self.last)
+    def _call(self, tokens: int | None, n: int, out: int | None, rope: torch.Tensor, cache: KVCache, first: int) -> CCall:
+        """A copy of what is made once for a cache. After a pass, what Python touches has left the processor's caches."""
+        data, kept = cache.data, self.kept
+        if kept[0] is not data or kept[1] is not rope or kept[2] != first:
+            table, layer = self.modules[2].weight, data.stride(0) * data.itemsize
+            call = CCall(None, None, table.data_ptr(), None, None, rope.data_ptr(), data.data_ptr() + first * layer, None, 0,
+                         table.shape[1], table.shape[0], len(rope), layer, data.shape[1], KINDS[table.dtype], KINDS[data.dtype],
+                         self.last)
+            self.kept = kept = data, rope, first, call
+        call = CCall.from_buffer_copy(kept[3])
+        call.tokens, call.n, call.out = tokens, n, out
+        return call
 
     def _fits(self, like: torch.Tensor, n: int, cache: KVCache) -> bool:
         """Whether a call over `n` tokens with activations like these may run here, and is faster than torch."""
@@ -191,9 +197,9 @@ class NativePass:
     # -- the table ----------------------------------------------------------------------------------------------------
 
     def _ready(self, dtype: torch.dtype) -> bool:
-        if dtype is not self.dtype or any(
-                where.get(name) is not held or address is not None and held.data_ptr() != address
-                for where, name, held, address in self.held):
+        (where, names, weights), (tensors, addresses) = self.held
+        if dtype is not self.dtype or not all(map(is_, map(dict.get, where, names), weights)) \
+                or list(map(torch.Tensor.data_ptr, tensors)) != addresses:
             self._describe(dtype)
         return self.array is not None
 
@@ -213,7 +219,9 @@ class NativePass:
         except Undescribed:
             pass
         self.banks = [b.mlp.experts for b in blocks if isinstance(b.mlp, MoE)]
-        self.head, self.way, self.held, self.last, self.array, self.dtype = c_head, c_way, held, norm, array, dtype
+        tensors = [weight for *_, weight in held if isinstance(weight, torch.Tensor)]
+        self.held = [*zip(*held, strict=True)], (tensors, [t.data_ptr() for t in tensors])
+        self.head, self.way, self.last, self.array, self.dtype, self.kept = c_head, c_way, norm, array, dtype, (None,) * 4
 
 
 def _integers(*lists: Sequence[int]) -> tuple[Any, list[int]]:
@@ -241,7 +249,7 @@ def _hold(module: nn.Module, name: str, held: Held) -> Any:
             weight = where[name]
             if isinstance(weight, torch.Tensor) and type(weight) not in (torch.Tensor, nn.Parameter):
                 raise Undescribed  # a tensor spread over processes, say
-            held.append((where, name, weight, weight.data_ptr() if isinstance(weight, torch.Tensor) else None))
+            held.append((where, name, weight))
             return weight
     raise AttributeError(name)
 
