@@ -83,7 +83,7 @@ class Jevons:
         return self._engine[1]
 
     def stepper(self, jobs: Sequence[Job], settings: dict[str, Any], what: str = "load") -> Stepper:
-        features = dict(speculate=None, patient=True) if what == "load" else settings  # under load as the server runs it
+        features = dict(speculate=None, pace=0.0) if what == "load" else settings  # under load as the server runs it
         return EngineStepper(self.engine(jobs, SLOTS if what in BATCHED else 1, **features))
 
     def run(self, what: str, jobs: Sequence[Job], settings: dict[str, Any]) -> list[Answer]:
