@@ -213,7 +213,9 @@ class Engine:
         prefilling, running = self.scheduler.prefilling, len(self.scheduler.running)
         if self.deterministic:  # chunks that depend on the prompt alone
             return [(s, min(CHUNK, s.goal - s.computed)) for s in prefilling[:1]]
-        budget = PREFILL_TOKENS if not running else min(CHUNK, self.pace.chunk(running)) if self.pace else CHUNK
+        budget = CHUNK if running else PREFILL_TOKENS
+        if running and self.pace and not self.graphs:  # on a GPU a pass of its own costs about the same whatever it holds
+            budget = min(CHUNK, self.pace.chunk(running))
         return self.scheduler.plan_prefill(budget)
 
     def _grow(self, sequence: Sequence) -> None:
@@ -314,12 +316,17 @@ class Engine:
     def _choose(self, hidden: torch.Tensor, running: list[Sequence], given: list[list[int]], fresh: list[tuple[Sequence, int]],
                 ) -> tuple[torch.Tensor, list[int], list[float]]:
         """Logits, tokens and log-probs after every token of the running rows, and then of the prompts that ended."""
-        owners = [s for s, own in zip(running, given, strict=False) for _ in own]
         places = [s.computed + i for s, own in zip(running, given, strict=False) for i in range(1, 1 + len(own))]
-        if not owners and not fresh:
+        count = len(places)
+        if not count and not fresh:
             return hidden, [], []
-        logits = self.model.logits(hidden[[*range(len(owners)), *(at for _, at in fresh)]])
-        slots = torch.tensor([s.row for s in owners] + [s.row for s, _ in fresh])
+        if fresh:
+            hidden = torch.cat([hidden[:count], hidden[[at for _, at in fresh]]])
+        slots: slice | torch.Tensor = slice(0, count)
+        if fresh or count > len(running):
+            rows = [s.row for s, own in zip(running, given, strict=False) for _ in own]
+            slots = torch.tensor(rows + [s.row for s, _ in fresh])
+        logits = self.model.logits(hidden[: count + len(fresh)])
         tokens, logprobs = self.rows.choose(logits, slots, torch.tensor(places + [s.computed for s, _ in fresh]))
         return logits, tokens.tolist(), logprobs.tolist()
 
