@@ -8,9 +8,14 @@ import pytest
 import torch
 from nets import lively, llama, nano, qwen2, random_ids
 
+from jevons.engine.drafts import Drafts
 from jevons.engine.rows import Rows
 from jevons.engine.sampler import sample, uniform
+from jevons.engine.scheduler import Sequence
+from jevons.engine.speculation import Speculation
+from jevons.engine.types import Request
 from jevons.model import KVCache, build_meta
+from jevons.model.cache import cache_width
 from jevons.model.pack import pack, settle
 from jevons.numerics import kernels
 from jevons.numerics import native as native_module
@@ -244,3 +249,92 @@ def test_threads_do_not_change_a_bit(kind, rows):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
+
+
+class Drawing:
+    """The engine's rows with random parameters, over random pages."""
+
+    def __init__(self, model, count, narrow=False):
+        self.model, self.rows = model, Rows(count, 6, torch.device("cpu"))
+        self.rows.table.copy_(torch.randperm(6 * count).view(count, 6))
+        self.rows.temperature.copy_(torch.where(torch.rand(count) < 0.5, 0.0, torch.rand(count) + 0.1))
+        self.rows.seed[:] = np.random.randint(0, 2**63, count).astype(np.uint64) * np.uint64(2)
+        if narrow:
+            self.rows.top_p[count - 1], self.rows.temperature[count - 1] = 0.5, 1.0
+
+    def caches(self, layers=None):
+        cells = torch.randn(layers or self.model.config.num_hidden_layers, self.rows.table.numel(), PAGE,
+                            cache_width(self.model.config))
+        out = [KVCache(self.model.config, self.rows.table.numel(), PAGE, layers=layers) for _ in range(2)]
+        for cache in out:
+            cache.data.copy_(cells)
+        return out
+
+
+@pytest.mark.parametrize("kind", [None, "bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("net", ["v3", "no shared", "qwen2", "tied llama"])
+@torch.inference_mode()
+def test_a_step_draws_what_the_parts_draw(net, kind, monkeypatch):
+    """Some consecutive rows with one token or several: states, logits, cells and tokens as with pass, head and sampler."""
+    model = lively(NETS[net]())
+    if kind:
+        pack(model, kind)
+    drawing, first, counts = Drawing(model, 4), 1, random.choices([1, 2, 5], k=2)
+    caches, contexts = drawing.caches(), random.choices(range(40), k=2)
+    given = first, random_ids(sum(counts)), counts, contexts
+    fast = drawing.rows.step(model, caches[0], *given)
+    monkeypatch.setattr(drawing.rows, "native", None)
+    monkeypatch.setattr(model, "native", lambda *_: None)
+    plain = drawing.rows.step(model, caches[1], *given)
+    assert near(fast[0], plain[0], kind) and near(fast[1], plain[1], kind)
+    assert far(*(c.data for c in caches)) < TOLERANCE[kind]
+    flat = drawing.rows.choose(fast[1], torch.arange(2).repeat_interleave(torch.tensor(counts)) + first,
+                               torch.tensor([c + i + 1 for c, n in zip(contexts, counts, strict=True) for i in range(n)]))
+    assert fast[2] == flat[0].tolist() and fast[3] == flat[1].tolist()
+
+
+@pytest.mark.parametrize("kind", [None, "bf16", "int8"])
+@torch.inference_mode()
+def test_drafts_are_drawn_as_module_by_module(kind, monkeypatch):
+    """Sequences that were given one token or several, in any order of rows, and want none, one or more drafts."""
+    model = lively(nano(**V3, vocab_size=5))
+    if kind:
+        pack(model, kind)
+    same = total = 0
+    for _ in range(12):
+        drawing, count = Drawing(model, 5), 3
+        rows, counts = random.sample(range(5), count), random.choices([1, 2, 4], k=count)
+        starts = random.choices(range(1, 30), k=count)
+        hidden = torch.randn(sum(counts) + 2, model.config.hidden_size, dtype=model.embed_tokens.weight.dtype)
+        parts, at = [], 1
+        for i in range(count):
+            sequence = Sequence(Request(random_ids(starts[i], 5)), 48, i, random_ids(starts[i] + counts[i] + 1, 5))
+            sequence.row, sequence.pages = rows[i], drawing.rows.table[rows[i]].tolist()
+            sequence.limit = sequence.produced + random.randint(1, 5)
+            parts.append((sequence, starts[i], counts[i], at + counts[i] - 1))
+            at += counts[i]
+        caches = drawing.caches(1)
+        both = [Drafts(model, drawing.rows, Speculation(3), cache) for cache in caches]
+        for drafts in both:
+            drafts.update((part[0], []) for part in parts)
+        monkeypatch.setattr(both[0], "_by_layers", None)
+        monkeypatch.setattr(both[1], "_natively", lambda *_: False)
+        for drafts in both:
+            drafts.make(hidden, parts, count)
+        assert [len(d) for d in both[0].values()] == [min(3, s.limit - s.produced - 1) for s, *_ in parts]
+        same += sum(a == b for a, b in zip(both[0].values(), both[1].values(), strict=True))
+        total += count
+        if both[0] == both[1]:
+            assert far(*(c.data for c in caches)) < TOLERANCE[kind]
+    assert same >= total * (0.6 if kind else 0.95)  # two logits that nearly tie
+
+
+@torch.inference_mode()
+def test_a_top_p_leaves_the_draw_to_the_sampler():
+    model = lively(NETS["v3"]())
+    drawing = Drawing(model, 2, narrow=True)
+    hidden, logits, tokens, _ = model.native.step([1, 2], [1, 1], [7, 9], range(2), drawing.rows.native, model.rope,
+                                                  drawing.caches()[0])
+    assert tokens is None and logits.isfinite().all()
+    assert model.native_mtp[0].draft(hidden, [1], [3], [1], [9], [1], [2], drawing.rows.native, model.rope,
+                                     drawing.caches(1)[0]) is None

@@ -10,6 +10,8 @@ from jevons.engine.scheduler import Sequence
 from jevons.engine.speculation import Speculation
 from jevons.model import CausalLM, KVCache, build_meta
 
+FEW = 64  # tokens of a sequence that the module reads in the one native call; longer parts of prompts have kernels of their own
+
 
 class Drafts(dict[Sequence, list[int]]):
     """The drafts for the next pass of the sequences that draft; one that is not in here does not, for good.
@@ -37,6 +39,33 @@ class Drafts(dict[Sequence, list[int]]):
                 del self[sequence]
         if not parts or most is None:
             return
+        for sequence, *_ in parts:
+            self[sequence] = []
+        few = [part for part in parts if part[0].row is not None and part[2] <= FEW]
+        if few and self._natively(hidden, few, most):
+            parts = [part for part in parts if part not in few]
+        if parts:
+            self._by_layers(hidden, parts, most)
+
+    def _wanted(self, sequence: Sequence, end: int, most: int) -> int:
+        """Drafts after `end` computed tokens: none past the limit, and none whose entry would need another page."""
+        return min(most, sequence.limit - sequence.produced - 1, len(sequence.pages) * self.cache.page_size - end + 1)
+
+    def _natively(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], most: int) -> bool:
+        """All of it in one call; False where it cannot be."""
+        sequences, starts, counts, last = map(list, zip(*parts, strict=True))
+        if self.rows.native is None:
+            return False
+        tokens = [i for s, start, count, _ in parts for i in s.tokens[start + 1 : start + count + 1]]
+        wanted = [self._wanted(s, start + count, most) for s, start, count, _ in parts]
+        drafts = self.model.native_mtp[0].draft(hidden, last, tokens, counts, starts, [s.row for s in sequences], wanted,
+                                                self.rows.native, self.model.rope, self.cache)
+        if drafts is None:
+            return False
+        self.update(zip(sequences, drafts, strict=True))
+        return True
+
+    def _by_layers(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], most: int) -> None:
         device, sequences = hidden.device, [part[0] for part in parts]
         starts, counts = [part[1] for part in parts], [part[2] for part in parts]
         table, size = self.rows.tables(sequences), self.cache.page_size
@@ -45,10 +74,8 @@ class Drafts(dict[Sequence, list[int]]):
         flat = torch.tensor([i for s, start, count, _ in parts for i in s.tokens[start + 1 : start + count + 1]], device=device)
         out = self.model.forward_mtp(hidden[picked], flat, meta.positions_N, self.cache, meta)
         ends, tokens = np.cumsum(counts) - 1, torch.empty(0)
-        for sequence in sequences:
-            self[sequence] = []
-        # (sequence, its row of `out`, drafts): none past its limit, and none whose entry would need another page
-        live = [(i, int(ends[i]), min(most, s.limit - s.produced - 1, len(s.pages) * size - starts[i] - counts[i] + 1))
+        # (sequence, its row of `out`, drafts)
+        live = [(i, int(ends[i]), self._wanted(s, starts[i] + counts[i], most))
                 for i, s in enumerate(sequences) if s.row is not None]
         for depth in range(most):
             live = [(i, row, wanted) for i, row, wanted in live if wanted > depth]
@@ -72,10 +99,5 @@ class Drafts(dict[Sequence, list[int]]):
                ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float], int]:
         """The first rows, each with its last token and its drafts: hidden states, logits, tokens and log-probs of all of them,
         and how many lie from row to row, 0 where they lie close."""
-        table, device = self.rows.table[: len(given)], self.rows.table.device
-        meta = build_meta(table, starts, [len(tokens) for tokens in given], cache.page_size)
-        flat = torch.tensor([i for tokens in given for i in tokens], device=device)
-        hidden = self.model(flat, meta.positions_N, cache, meta)
-        logits = self.model.logits(hidden)
-        tokens, logprobs = self.rows.choose(logits, meta.sequence_N.cpu(), meta.positions_N.cpu() + 1)
-        return hidden, logits, tokens.tolist(), logprobs.tolist(), 0
+        flat, counts = [i for tokens in given for i in tokens], list(map(len, given))
+        return *self.rows.step(self.model, cache, 0, flat, counts, starts), 0

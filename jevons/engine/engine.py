@@ -240,7 +240,7 @@ class Engine:
         events, ended = [], []
         for part in [[sequence] for sequence in running] if self.deterministic else [running]:
             logits, tokens, logprobs = self.passes.next_tokens(part[0].row, part[-1].row + 1)
-            for i, (sequence, token, logprob) in enumerate(zip(part, tokens.tolist(), logprobs.tolist(), strict=True)):
+            for i, (sequence, token, logprob) in enumerate(zip(part, tokens, logprobs, strict=True)):
                 sequence.computed += 1
                 forced = bool(sequence.forced)
                 if self._emit(sequence, token, logprob, logits, i, events):

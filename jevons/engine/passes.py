@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,16 @@ class Passes:
         self.model, self.cache, self.rows, self.graphs, self.cores = model, cache, rows, graphs, cores
         self.pool = ThreadPoolExecutor(cores, "decode", lambda: torch.set_num_threads(1)) if cores > 1 else None
 
-    def next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
         """Logits, tokens and log-probs of rows first .. end, which are moved on by one."""
         if self.graphs is not None:
-            return self.graphs.decode(first, end)
+            logits, drawn, chances = self.graphs.decode(first, end)
+            return logits, drawn.tolist(), chances.tolist()
         parts = self._by_cores(lambda a, b: self._next_tokens(first + a, first + b), [1] * (end - first))
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+        if len(parts) == 1:
+            return parts[0]
+        logits, tokens, logprobs = zip(*parts, strict=True)
+        return torch.cat(logits), list(chain(*tokens)), list(chain(*logprobs))
 
     def read(self, sequences: list[Sequence], given: list[list[int]]) -> torch.Tensor:
         """Hidden states of the tokens that follow what is computed of each sequence, one sequence's after the other."""
@@ -48,15 +53,13 @@ class Passes:
         return list(self.pool.map(work, cuts[:-1], cuts[1:]))
 
     @torch.inference_mode()
-    def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
         """Writes to these rows and their pages only."""
         rows = self.rows
-        meta = build_meta(rows.table[first:end], rows.length[first:end], None, self.cache.page_size)
-        hidden = self.model(rows.last[first:end].to(rows.table.device), meta.positions_N, self.cache, meta)
+        given = rows.last[first:end].tolist(), [1] * (end - first), rows.length[first:end].tolist()
+        _, logits, tokens, logprobs = rows.step(self.model, self.cache, first, *given)
         rows.length[first:end] += 1
-        logits = self.model.logits(hidden)
-        tokens, logprobs = rows.choose(logits, slice(first, end))
-        rows.last[first:end] = tokens
+        rows.last[first:end] = torch.tensor(tokens)
         return logits, tokens, logprobs
 
     @torch.inference_mode()

@@ -7,6 +7,8 @@ import torch
 
 from jevons.engine.sampler import sample, uniform
 from jevons.engine.scheduler import Sequence
+from jevons.model import CausalLM, KVCache, build_meta
+from jevons.model.native_pass import CRows
 from jevons.numerics import kernels
 
 COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
@@ -23,6 +25,7 @@ class Rows:
         self.top_p = torch.ones(count)
         self.seed = np.zeros(count, dtype=np.uint64)
         self._length, self._last = self.length.numpy(), self.last.numpy()  # the same memory, faster to write one of
+        self.native = CRows(self.table, self.temperature, self.top_p, self.seed) if device.type == "cpu" else None
 
     def set(self, sequence: Sequence) -> None:
         """Fill the row of a sequence that begins to run."""
@@ -60,6 +63,22 @@ class Rows:
         heat, top_p, noise = torch.stack([t.double() for t in (temperature, top_p, noise)]).to(logits.device)
         tokens, logprobs = sample(logits, heat.float(), top_p.float(), noise, narrow)
         return tokens.cpu(), logprobs.cpu()
+
+    def step(self, model: CausalLM, cache: KVCache, first: int, tokens: list[int], counts: list[int], contexts: list[int],
+             ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
+        """The rows from `first` on, each with counts[i] of the tokens, from position contexts[i] on: hidden states, logits, and
+        of each the token that comes next, with its log-prob."""
+        rows, done = range(first, first + len(counts)), None
+        if self.native is not None:
+            done = model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache)
+        if done is not None and done[2] is not None:
+            return done
+        meta = build_meta(self.table[first : rows.stop], contexts, counts, cache.page_size)
+        if done is None:
+            hidden = model(torch.tensor(tokens, device=self.table.device), meta.positions_N, cache, meta)
+            done = hidden, model.logits(hidden)
+        drawn, logprobs = self.choose(done[1], meta.sequence_N.cpu() + first, meta.positions_N.cpu() + 1)
+        return *done[:2], drawn.tolist(), logprobs.tolist()
 
     def tables(self, sequences: list[Sequence]) -> torch.Tensor:
         """A page table of any sequences, in a row or not."""

@@ -2,6 +2,8 @@
 
 A network is described once, as a table of addresses; every call checks that the weights still lie there, for a trainer or
 `pack` may have moved them. What cannot be described (a weight in another precision, no compiler) goes torch's way.
+
+`step` and `draft` are the engine's: with the head, and tokens drawn as its rows say.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,14 +46,48 @@ class CBlock(ctypes.Structure):
                 ("gate_bias", c_void_p), ("choice", CChoice), ("routed", CRouted), ("shared", POINTER(CExpert))]
 
 
+class CMerge(ctypes.Structure):
+    """`Merge` of pass.cpp."""
+
+    _fields_ = [("embedding", CNorm), ("hidden", CNorm), ("project", CProjection)]
+
+
 class CCall(ctypes.Structure):
     """`Call` of pass.cpp."""
 
     _fields_ = [*[(name, c_void_p) for name in ("tokens", "positions", "embedding", "x", "out", "rope", "cache")],
-                ("batch", POINTER(Batch)), *[(name, c_int64) for name in ("n", "dim", "cache_stride", "pages")],
+                ("batch", POINTER(Batch)),
+                *[(name, c_int64) for name in ("n", "dim", "vocabulary", "length", "cache_stride", "pages")],
                 ("bf16", c_int32), ("cell_bf16", c_int32), ("last", CNorm)]
 
 
+class CRows(ctypes.Structure):
+    """`Rows` of pass.cpp: how the engine's rows are drawn, and their pages. Holds on to what it points at."""
+
+    _fields_ = [("table", c_void_p), *[(name, c_int64) for name in ("width", "stride")],
+                *[(name, c_void_p) for name in ("temperature", "top_p", "seeds")]]
+
+    def __init__(self, table: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seeds: np.ndarray):
+        """`table` [rows, pages] int64, the others [rows]: float32, float32, uint64; all on the CPU."""
+        self.kept = table, temperature, top_p, seeds
+        super().__init__(table.data_ptr(), table.shape[1], table.stride(0), temperature.data_ptr(), top_p.data_ptr(),
+                         seeds.ctypes.data)
+
+
+class CStep(ctypes.Structure):
+    """`Step` of pass.cpp."""
+
+    _fields_ = [("sequences", c_int64), ("page_size", c_int64), *[(name, c_void_p) for name in ("contexts", "counts", "rows")],
+                ("all", POINTER(CRows)), ("head", CProjection), *[(name, c_void_p) for name in ("logits", "drawn", "logprobs")]]
+
+
+class CDraft(ctypes.Structure):
+    """`Draft` of pass.cpp."""
+
+    _fields_ = [*[(name, c_void_p) for name in ("hidden", "last", "wanted")], ("most", c_int64), ("drafts", c_void_p)]
+
+
+DONE, NO_PAGE, OUTSIDE, NOT_DRAWN = range(4)  # `Outcome` of pass.cpp
 Held = list[tuple[dict[str, Any], str, Any, int | None]]  # where a weight is looked up, its name, itself, its address
 
 
@@ -59,11 +96,14 @@ class Undescribed(Exception):
 
 
 class NativePass:
-    """Some blocks of a network and the norm after them; with an embedding they begin at tokens."""
+    """Some blocks of a network, the norm after them, and the head. `way`, an MTP layer, is what they begin with; without it they
+    begin at tokens."""
 
-    def __init__(self, blocks: Sequence[nn.Module], last: RMSNorm, embedding: nn.Embedding):
-        self.modules = list(blocks), last, embedding
+    def __init__(self, blocks: Sequence[nn.Module], last: RMSNorm, embedding: nn.Embedding, head: Linear,
+                 way: nn.Module | None = None):
+        self.modules = list(blocks), last, embedding, head, way
         self.array: ctypes.Array[CBlock] | None = None
+        self.head: CProjection | None = None
         self.dtype: torch.dtype | None = None
         self.held: Held = []
 
@@ -78,30 +118,75 @@ class NativePass:
         """Normed hidden states [N, D] of tokens, or of the hidden states `x`; the blocks' cache layers begin at `first`.
         None where the kernels may not run here, or torch is faster. Raises IndexError where a token, a position or the page
         table leads outside."""
-        blocks, last, embedding = self.modules
-        weight, n = embedding.weight, len(positions_N)
-        like = weight if x is None else x
-        if meta.static or not 0 < n <= MOST_ROWS.get(like.dtype, 0) or not kernels.usable(like) or cache.data.dtype not in KINDS:
+        like = self.modules[2].weight if x is None else x
+        if meta.static or not self._fits(like, len(positions_N), cache):
             return None
-        if isinstance(attention := blocks[0].self_attn, MLA) and attention.expands(meta):
+        if isinstance(attention := self.modules[0][0].self_attn, MLA) and attention.expands(meta):
             return None
-        banks = [b.mlp.experts for b in blocks if isinstance(b.mlp, MoE)]
-        if banks and banks[0].watch is not None and banks[0].watch.due(len(banks)):
-            return None
-        if not self._ready(like.dtype) or (x is None and not weight.is_contiguous()):
-            return None
-        if int(positions_N.max()) >= len(rope) or x is None and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < len(weight):
-            raise IndexError(f"a token or a position is outside the tables of {len(weight)} tokens and {len(rope)} positions")
-        tokens = None if x is not None else tokens_N.contiguous()
-        x = torch.empty(n, weight.shape[1], dtype=weight.dtype) if x is None else x.clone(memory_format=torch.contiguous_format)
-        out, positions, data, bf16 = torch.empty_like(x), positions_N.contiguous(), cache.data, KINDS[x.dtype]
-        sources = (None, positions.data_ptr(), None) if tokens is None else (t.data_ptr() for t in (tokens, positions, weight))
-        layer = data.stride(0) * data.itemsize
-        call = CCall(*sources, x.data_ptr(), out.data_ptr(), rope.data_ptr(), data.data_ptr() + first * layer,
-                     ctypes.pointer(meta.batch), n, x.shape[1], layer, data.shape[1], bf16, KINDS[data.dtype], self.last)
-        if library().jevons_pass(self.array, len(blocks), ctypes.byref(call)):
-            raise IndexError(f"the page table of a call of {meta.sequences} sequences leads outside the cache, or is too short")
+        x = None if x is None else x.clone(memory_format=torch.contiguous_format)
+        out, positions = torch.empty(len(positions_N), like.shape[1], dtype=like.dtype), positions_N.contiguous()
+        tokens = None if tokens_N is None else tokens_N.contiguous()
+        call = self._call(None if tokens is None else tokens.data_ptr(), len(positions), out, rope, cache, first)
+        call.positions, call.x, call.batch = positions.data_ptr(), None if x is None else x.data_ptr(), ctypes.pointer(meta.batch)
+        _check(library().jevons_pass(self.array, len(self.array), ctypes.byref(call)), meta.sequences)
         return out
+
+    def step(self, tokens: list[int], counts: list[int], contexts: list[int], rows: Sequence[int], params: CRows,
+             rope: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor, list[int] | None, list[float]] | None:
+        """Sequences' tokens, counts[i] from position contexts[i] on: hidden states [N, D], logits [N, V], and the token that row
+        rows[i] draws after each, with its log-prob; None for the tokens where a top_p is in the way. None, and IndexError, as
+        above."""
+        like, n = self.modules[2].weight, len(tokens)
+        if not self._fits(like, n, cache) or self.head is None:
+            return None
+        out, logits = torch.empty(n, like.shape[1], dtype=like.dtype), torch.empty(n, self.head.rows, dtype=like.dtype)
+        array, (flat, *where) = _integers(tokens, contexts, counts, rows)
+        drawn, logprobs = (c_int64 * n)(), (c_float * n)()
+        call = self._call(flat, n, out, rope, cache, 0)
+        step = CStep(len(counts), cache.page_size, *where, ctypes.pointer(params), self.head, logits.data_ptr(),
+                     ctypes.addressof(drawn), ctypes.addressof(logprobs))
+        step.kept = array
+        outcome = library().jevons_step(self.array, len(self.array), ctypes.byref(call), ctypes.byref(step))
+        if outcome == NOT_DRAWN:
+            return out, logits, None, []
+        _check(outcome, len(counts))
+        return out, logits, drawn[:], logprobs[:]
+
+    def draft(self, hidden: torch.Tensor, last: list[int], tokens: list[int], counts: list[int], contexts: list[int],
+              rows: list[int], wanted: list[int], params: CRows, rope: torch.Tensor, cache: KVCache) -> list[list[int]] | None:
+        """The MTP module over the states of tokens, those of sequence i up to row last[i] of `hidden`, and the tokens that follow
+        them, and then over what it drafts: wanted[i] tokens, drawn as row rows[i] says. None, and IndexError, as above."""
+        if not self._fits(hidden, len(tokens), cache) or self.head is None or not hidden.is_contiguous():
+            return None
+        most = max(wanted)
+        array, (flat, *where, last_at, wanted_at) = _integers(tokens, contexts, counts, rows, last, wanted)
+        drafts = (c_int64 * (len(counts) * most))()
+        call = self._call(flat, 0, None, rope, cache, 0)
+        step = CStep(len(counts), cache.page_size, *where, ctypes.pointer(params), self.head)
+        step.kept = array
+        draft = CDraft(hidden.data_ptr(), last_at, wanted_at, most, ctypes.addressof(drafts))
+        outcome = library().jevons_draft(self.array, *map(ctypes.byref, (self.way, call, step, draft)))
+        if outcome == NOT_DRAWN:
+            return None
+        _check(outcome, len(counts))
+        return [drafts[i * most : i * most + count] for i, count in enumerate(wanted)]
+
+    def _call(self, tokens: int | None, n: int, out: torch.Tensor | None, rope: torch.Tensor, cache: KVCache,
+              first: int) -> CCall:
+        table, data = self.modules[2].weight, cache.data
+        layer = data.stride(0) * data.itemsize
+        return CCall(tokens, None, table.data_ptr(), None, None if out is None else out.data_ptr(), rope.data_ptr(),
+                     data.data_ptr() + first * layer, None, n, table.shape[1], table.shape[0], len(rope), layer, data.shape[1],
+                     KINDS[table.dtype], KINDS[data.dtype], self.last)
+
+    def _fits(self, like: torch.Tensor, n: int, cache: KVCache) -> bool:
+        """Whether a call over `n` tokens with activations like these may run here, and is faster than torch."""
+        if not 0 < n <= MOST_ROWS.get(like.dtype, 0) or not kernels.usable(like) or cache.data.dtype not in KINDS:
+            return False
+        if not self._ready(like.dtype):
+            return False
+        watch = self.banks[0].watch if self.banks else None
+        return watch is None or not watch.due(len(self.banks))
 
     # -- the table ----------------------------------------------------------------------------------------------------
 
@@ -114,14 +199,39 @@ class NativePass:
 
     def _describe(self, dtype: torch.dtype) -> None:
         """Two threads may do this at once, one while the other uses what it made: nothing is unset on the way."""
-        blocks, last, embedding = self.modules
+        blocks, last, embedding, head, way = self.modules
         held: Held = []
+        array, norm, c_head, c_way = None, None, None, None
         try:
-            _hold(embedding, "weight", held)
-            array, norm = (CBlock * len(blocks))(*(_block(b, dtype, held) for b in blocks)), _norm(last, held)
+            if _hold(embedding, "weight", held).dtype != dtype or not embedding.weight.is_contiguous():
+                raise Undescribed
+            blocks_, norm = (CBlock * len(blocks))(*(_block(b, dtype, held) for b in blocks)), _norm(last, held)
+            if way is not None:
+                c_way = CMerge(_norm(way.enorm, held), _norm(way.hnorm, held), _projection(way.eh_proj, dtype, held))
+            array = blocks_
+            c_head = _projection(head, dtype, held)
         except Undescribed:
-            array, norm = None, None
-        self.held, self.last, self.array, self.dtype = held, norm, array, dtype
+            pass
+        self.banks = [b.mlp.experts for b in blocks if isinstance(b.mlp, MoE)]
+        self.head, self.way, self.held, self.last, self.array, self.dtype = c_head, c_way, held, norm, array, dtype
+
+
+def _integers(*lists: Sequence[int]) -> tuple[Any, list[int]]:
+    """The lists as int64, one behind the other, and where each begins: addresses that hold while the array is kept."""
+    flat = [number for one in lists for number in one]
+    array = (c_int64 * len(flat))(*flat)
+    at, addresses = ctypes.addressof(array), []
+    for one in lists:
+        addresses.append(at)
+        at += 8 * len(one)
+    return array, addresses
+
+
+def _check(outcome: int, sequences: int) -> None:
+    if outcome == OUTSIDE:
+        raise IndexError("a token or a position is outside the network's tables")
+    if outcome == NO_PAGE:
+        raise IndexError(f"the page table of a call of {sequences} sequences leads outside the cache, or is too short")
 
 
 def _hold(module: nn.Module, name: str, held: Held) -> Any:

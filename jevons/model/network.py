@@ -77,8 +77,9 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers))
         self.register_buffer("rope", torch.empty(0), persistent=False)
-        self.native = NativePass(self.layers, self.norm, self.embed_tokens)
-        self.native_mtp = [NativePass([layer], layer.shared_head["norm"], self.embed_tokens) for layer in self.mtp]
+        self.native = NativePass(self.layers, self.norm, self.embed_tokens, self.lm_head)
+        self.native_mtp = [NativePass([layer], layer.shared_head["norm"], self.embed_tokens, self.lm_head, layer)
+                           for layer in self.mtp]
         self.expert_counts: dict[str, float] = {}  # of experts that are mapped or offloaded: see offload.py
 
     def allocate(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,5 @@
 // A whole pass over a network for few tokens: one call from Python, where a dozen a block would take longer than the work itself.
+// With the head and the draw of tokens behind it, it is a decode step; with the MTP module before it, repeated, it drafts.
 // It calls the other kernels in the order of jevons/model/network.py, rounds where torch rounds, and allocates nothing.
 #include "kernels.h"
 #include "pool.h"
@@ -35,24 +36,67 @@ struct Block {
   const Expert* shared;
 };
 
+// The MTP module's way in: project [norm(embedding of the next token) | norm(hidden state)].
+struct Merge {
+  Norm embedding, hidden;
+  Projection project;
+};
+
 struct Call {
   const int64_t *tokens, *positions;
-  void* embedding;    // [vocabulary, dim]; null: x comes as it is
-  void* x;            // [n, dim]: hidden states, overwritten
+  void* embedding;    // [vocabulary, dim]
+  void* x;            // [n, dim]: hidden states, overwritten; null: tokens are embedded
   void* out;          // [n, dim]: normed
-  const float* rope;  // [positions, rotary]
+  const float* rope;  // [length, rotary]
   uint8_t* cache;     // the first block's layer
   const paged::Batch* batch;
-  int64_t n, dim, cache_stride, pages;  // bytes from layer to layer
+  int64_t n, dim, vocabulary, length, cache_stride, pages;  // bytes from layer to layer
   int32_t bf16, cell_bf16;
   Norm last;
 };
 
+// The engine's rows: each has pages, and says how its tokens are drawn.
+struct Rows {
+  const int64_t* table;
+  int64_t width, stride;
+  const float *temperature, *top_p;
+  const uint64_t* seeds;
+};
+
+// Sequence s brings counts[s] tokens, from position contexts[s] on, and belongs to row rows[s].
+struct Step {
+  int64_t sequences, page_size;
+  const int64_t *contexts, *counts, *rows;
+  const Rows* all;
+  Projection head;
+  void* logits;  // [n, vocabulary], and what is drawn from them; a draft needs none of these
+  int64_t* drawn;
+  float* logprobs;
+};
+
+// wanted[s] drafts of each sequence, the rest of its `most` as they are. Its last token's state is row last[s] of `hidden`, those
+// of the tokens before it lie before.
+struct Draft {
+  void* hidden;
+  const int64_t *last, *wanted;
+  int64_t most;
+  int64_t* drafts;
+};
+
+enum Outcome : int32_t { DONE, NO_PAGE, OUTSIDE, NOT_DRAWN };
+
 namespace {
 struct Scratch {
-  std::vector<uint8_t> normed, qkv, ranked, query, absorbed, seen, heads, added;
-  std::vector<float> rope, weights, load;
-  std::vector<int64_t> chosen, rows;
+  std::vector<uint8_t> x, out, normed, qkv, ranked, query, absorbed, seen, heads, added, pairs, picked, logits;
+  std::vector<float> rope, weights, load, heat, logprobs;
+  std::vector<int64_t> chosen, rows, starts, positions, table, next;
+  std::vector<int64_t> live, from, rows_of, contexts, ones, tokens;  // of a draft
+  std::vector<uint64_t> seeds;
+
+  static Scratch& own() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
 };
 
 const int64_t APART = 1 << 16;  // elements from which threads share norms and sums
@@ -148,30 +192,153 @@ struct Pass {
     jevons_experts(b.choice.k ? &routed : nullptr, b.shared, s.normed.data(), c.dim, c.bf16, c.n, to);
   }
 
-  int run(const Block* blocks, int64_t count) const {
+  uint8_t* embedding(int64_t m) const { return at(c.embedding, c.tokens[m] * c.dim); }
+
+  bool within() const {
+    for (int64_t m = 0; m < c.n; m++)
+      if (c.positions[m] < 0 || c.positions[m] >= c.length || (c.tokens && (c.tokens[m] < 0 || c.tokens[m] >= c.vocabulary))) return false;
+    return true;
+  }
+
+  // `rows` of `hidden` and the tokens' embeddings, to `to`.
+  void merge(const Merge& way, void* hidden, const int64_t* rows, void* to) const {
+    void* pairs = room(s.pairs, c.n * 2 * c.dim * size);
+    each_token(2 * c.dim, [&](int64_t m) {
+      const Norm &first = way.embedding, &second = way.hidden;
+      jevons_rms_norm(embedding(m), c.dim, c.bf16, 1, c.dim, first.weight, first.bf16, first.epsilon, at(pairs, 2 * m * c.dim));
+      jevons_rms_norm(at(hidden, rows[m] * c.dim), c.dim, c.bf16, 1, c.dim, second.weight, second.bf16, second.epsilon,
+                      at(pairs, (2 * m + 1) * c.dim));
+    });
+    project(way.project, pairs, 2 * c.dim, to);
+  }
+
+  Outcome run(const Block* blocks, int64_t count) const {
     const int64_t rotary = blocks[0].heads.rotary;
     s.rope.resize(c.n * rotary);
-    for (int64_t m = 0; m < c.n; m++) {
-      memcpy(&s.rope[m * rotary], c.rope + c.positions[m] * rotary, rotary * 4);
-      if (c.embedding) memcpy(at(c.x, m * c.dim), at(c.embedding, c.tokens[m] * c.dim), c.dim * size);
-    }
+    for (int64_t m = 0; m < c.n; m++) memcpy(&s.rope[m * rotary], c.rope + c.positions[m] * rotary, rotary * 4);
     void *normed = room(s.normed, c.n * c.dim * size), *added = room(s.added, c.n * c.dim * size);
     norm(blocks[0].before, c.x, c.dim, c.dim, normed);
     for (int64_t i = 0; i < count; i++) {
       const Block& b = blocks[i];
-      if (attend(b, c.cache + i * c.cache_stride, added)) return 1;
+      if (attend(b, c.cache + i * c.cache_stride, added)) return NO_PAGE;
       add_and_norm(added, b.between, normed);
       feed(b, added);
       const bool last = i + 1 == count;
       add_and_norm(added, last ? c.last : blocks[i + 1].before, last ? c.out : normed);
     }
-    return 0;
+    return DONE;
   }
 };
+
+Outcome run_tokens(Call call, const Block* blocks, int64_t count) {
+  Scratch& s = Scratch::own();
+  const int64_t size = call.bf16 ? 2 : 4;
+  const bool embed = !call.x;
+  if (embed) call.x = room(s.x, call.n * call.dim * size);
+  const Pass pass{call, s, size};
+  if (!pass.within()) return OUTSIDE;
+  for (int64_t m = 0; embed && m < call.n; m++) memcpy(pass.at(call.x, m * call.dim), pass.embedding(m), call.dim * size);
+  return pass.run(blocks, count);
+}
+
+// Where tokens belong: sequence i brings counts[i], from position contexts[i] on, and has row rows[i]. Pages are copied as far as
+// they are needed; positions lie in the scratch.
+paged::Batch lay(const Step& step, int64_t sequences, const int64_t* rows, const int64_t* contexts, const int64_t* counts) {
+  Scratch& s = Scratch::own();
+  const Rows& all = *step.all;
+  int64_t width = 1;
+  s.starts.assign(1, 0), s.positions.clear();
+  for (int64_t i = 0; i < sequences; i++) {
+    for (int64_t k = 0; k < counts[i]; k++) s.positions.push_back(contexts[i] + k);
+    s.starts.push_back(s.positions.size());
+    width = std::max(width, ceil_div(contexts[i] + counts[i], step.page_size));
+  }
+  width = std::min(width, all.width);
+  s.table.resize(sequences * width);
+  for (int64_t i = 0; i < sequences; i++) memcpy(&s.table[i * width], all.table + rows[i] * all.stride, width * 8);
+  return {sequences, step.page_size, width, width, s.table.data(), s.starts.data(), contexts};
+}
+
+void head(const Step& step, const Call& call, void* hidden, int64_t n, void* logits) {
+  jevons_linear(step.head.parts, step.head.count, hidden, call.dim, call.bf16, n, step.head.bias, step.head.bias_bf16, logits);
+}
+
+// A token for each of n rows of logits: the one that follows position at[i], as row rows[i] draws it.
+void draw(const Step& step, const Call& call, void* logits, int64_t n, const int64_t* rows, const int64_t* at, int64_t* tokens,
+          float* logprobs) {
+  Scratch& s = Scratch::own();
+  s.heat.resize(n), s.seeds.resize(n), s.next.resize(n);
+  for (int64_t i = 0; i < n; i++)
+    s.heat[i] = step.all->temperature[rows[i]], s.seeds[i] = step.all->seeds[rows[i]], s.next[i] = at[i] + 1;
+  jevons_draw(logits, step.head.rows, call.bf16, n, step.head.rows, s.heat.data(), s.seeds.data(), s.next.data(), tokens, logprobs);
+}
+
+bool narrow(const Step& step) {
+  for (int64_t i = 0; i < step.sequences; i++)
+    if (step.all->top_p[step.rows[i]] < 1 && step.all->temperature[step.rows[i]] > 0) return true;
+  return false;
+}
 }  // namespace
 
-// Returns 0, or 1 where the page table leads outside the cache. Tokens and positions must be within their tables.
-extern "C" int32_t jevons_pass(const Block* blocks, int64_t count, const Call* call) {
-  static thread_local Scratch own;
-  return Pass{*call, own, call->bf16 ? 2 : 4}.run(blocks, count);
+// Tokens and positions may lie outside their tables, and pages outside the cache: then it says so.
+extern "C" int32_t jevons_pass(const Block* blocks, int64_t count, const Call* call) { return run_tokens(*call, blocks, count); }
+
+// The same for a step's tokens, with logits and a token drawn for each; where a row has a top_p under 1 nothing is drawn.
+extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* given, const Step* step) {
+  Scratch& s = Scratch::own();
+  Call call = *given;
+  const paged::Batch batch = lay(*step, step->sequences, step->rows, step->contexts, step->counts);
+  call.batch = &batch, call.positions = s.positions.data();
+  if (const Outcome outcome = run_tokens(call, blocks, count)) return outcome;
+  head(*step, call, call.out, call.n, step->logits);
+  if (narrow(*step)) return NOT_DRAWN;
+  s.from.clear();
+  for (int64_t i = 0; i < step->sequences; i++) s.from.insert(s.from.end(), step->counts[i], step->rows[i]);
+  draw(*step, call, step->logits, call.n, s.from.data(), call.positions, step->drawn, step->logprobs);
+  return DONE;
+}
+
+// The MTP module over the hidden states of a step's tokens and the tokens after them, then over its own states and what it drew.
+extern "C" int32_t jevons_draft(const Block* block, const Merge* way, const Call* given, const Step* step, const Draft* draft) {
+  if (narrow(*step)) return NOT_DRAWN;
+  Scratch& s = Scratch::own();
+  Call call = *given;
+  const int64_t width = call.dim * (call.bf16 ? 2 : 4);
+  void* hidden = draft->hidden;
+  const int64_t* counts = step->counts;
+  s.live.clear(), s.from.clear();
+  s.rows_of.assign(step->rows, step->rows + step->sequences), s.contexts.assign(step->contexts, step->contexts + step->sequences);
+  for (int64_t i = 0; i < step->sequences; i++) {
+    s.live.push_back(i);
+    for (int64_t k = counts[i]; k > 0; k--) s.from.push_back(draft->last[i] - k + 1);
+  }
+  for (int64_t depth = 0; !s.live.empty(); depth++) {
+    const paged::Batch batch = lay(*step, s.live.size(), s.rows_of.data(), s.contexts.data(), counts);
+    call.batch = &batch, call.positions = s.positions.data(), call.n = s.positions.size();
+    call.x = room(s.x, call.n * width), call.out = room(s.out, call.n * width);
+    const Pass pass{call, s, call.bf16 ? 2 : 4};
+    if (!pass.within()) return OUTSIDE;
+    pass.merge(*way, hidden, s.from.data(), call.x);
+    if (const Outcome outcome = pass.run(block, 1)) return outcome;
+    size_t going = 0;
+    hidden = room(s.picked, s.live.size() * width);
+    for (size_t i = 0; i < s.live.size(); i++) {
+      if (draft->wanted[s.live[i]] <= depth) continue;
+      memcpy((uint8_t*)hidden + going * width, (uint8_t*)call.out + (s.starts[i + 1] - 1) * width, width);
+      s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.positions[s.starts[i + 1] - 1] + 1;
+    }
+    s.live.resize(going), s.tokens.resize(going), s.logprobs.resize(going), s.ones.assign(going, 1), s.from.resize(going);
+    void* logits = room(s.logits, going * step->head.rows * (width / call.dim));
+    head(*step, call, hidden, going, logits);
+    draw(*step, call, logits, going, s.rows_of.data(), s.contexts.data(), s.tokens.data(), s.logprobs.data());
+    counts = s.ones.data(), going = 0;
+    for (size_t i = 0; i < s.live.size(); i++) {  // the last draft's state is nobody's
+      draft->drafts[s.live[i] * draft->most + depth] = s.tokens[i];
+      if (draft->wanted[s.live[i]] <= depth + 1) continue;
+      s.from[going] = i, s.tokens[going] = s.tokens[i];
+      s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.contexts[i];
+    }
+    s.live.resize(going), call.tokens = s.tokens.data();
+  }
+  return DONE;
 }
