@@ -1,5 +1,6 @@
 """What the processes of tests/test_parallel.py run: a tiny V3 model, a fixed set of micro-batches, any layout."""
 
+import copy
 import dataclasses
 import faulthandler
 import multiprocessing
@@ -18,6 +19,7 @@ from jevons.data.packing import pack
 from jevons.model import build_model
 from jevons.recipe import MeshTable, OptimizerTable
 from jevons.store.run_dir import MetricsLog
+from jevons.train.ema import Averaged
 from jevons.train.loop import Loop, LoopSettings
 from jevons.train.objective import (
     LossParts,
@@ -40,6 +42,8 @@ def tiny(**changes):
 
 class Random(Objective):
     """The pretraining loss on random documents that are a function of (seed, step): the same micro-batches in every layout."""
+
+    score = ("loss", 1)  # so that the best state is none of the last
 
     def __init__(self, model, steps=20, micros=4, seed=0, rank=0, ranks=1):
         self.model, self.steps, self.micros, self.seed, self.rank, self.ranks = model, steps, micros, seed, rank, ranks
@@ -87,7 +91,9 @@ class Result:
     losses: list
     norms: list
     loads: list
-    model: torch.nn.Module | None  # whole, on the leader
+    model: torch.nn.Module | None  # these are whole, on the leader
+    averaged: torch.nn.Module | None
+    best: torch.nn.Module | None
 
 
 def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matrices="muon", micros=4, save_every=1000, slow=0.0,
@@ -119,12 +125,19 @@ def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matric
     leads = world is None or world.leads
     with (MetricsLog(directory / "metrics.jsonl") if leads else Silent()) as log:
         loop = Loop(model, objective, settings, log)
+        averaged = loop.objective = Averaged(objective, model, 0.7)
         loop.resume()
         loop.run()
-        if parallel is not None:
-            parallel.finish()
-            model = parallel.gather(model)
-    return Result([r["loss"] for r in records], [r["grad_norm"] for r in records], [r.get("expert_load") for r in records], model)
+
+        def whole():
+            return copy.deepcopy(model) if parallel is None else parallel.gather(model)
+
+        with averaged.applied():
+            models = [whole()]
+        models = [whole(), *models]
+        assert loop.states.restore_best() == loop.progress.best_step is not None
+        models.append(whole())
+    return Result(*([r.get(key) for r in records] for key in ("loss", "grad_norm", "expert_load")), *models)
 
 
 def difference(a, b):
@@ -132,10 +145,11 @@ def difference(a, b):
     worst = 0.0
     for x, y in [*zip(a.losses, b.losses, strict=True), *zip(a.norms, b.norms, strict=True)]:
         worst = max(worst, abs(x - y) / abs(y))
-    others = dict(b.model.named_parameters())
-    for name, p in a.model.named_parameters():
-        q = others[name].detach()
-        worst = max(worst, float((p.detach() - q).abs().max() / q.abs().max()))
+    for model, other in ((a.model, b.model), (a.averaged, b.averaged), (a.best, b.best)):
+        others = dict(other.named_parameters())
+        for name, p in model.named_parameters():
+            q = others[name].detach()
+            worst = max(worst, float((p.detach() - q).abs().max() / q.abs().max()))
     return worst
 
 

@@ -226,12 +226,21 @@ def test_scales_that_are_none(fp8, tmp_path, value, message):
     (lambda t: t.__setitem__("model.norm.weight", torch.ones(160, dtype=torch.int32)), "model.norm.weight is I32"),
     (lambda t: t[SCALE.removesuffix("_scale_inv")].view(torch.uint8)[3, 5].fill_(random.choice([0x7F, 0xFF])),
      "o_proj.weight holds a value that is not finite"),
+    (lambda t: t.__setitem__("model.layers.9.x", torch.ones(2)), "model.layers.9.x has no place in this Deepseek"),
+    (lambda t: t.pop("model.norm.weight"), "model.norm.weight \\(1 in all\\) is missing"),
     (lambda t: t["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds a value that is not finite"),
 ])
 def test_tensors_that_cannot_be(fp8, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
         convert(changed(fp8, tmp_path / "bad", change), "bf16", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_info_names_a_tensor_that_does_not_fit(base, tmp_path):
+    bad = changed(base, tmp_path / "bad", lambda t: t.__setitem__("model.norm.weight", torch.ones(3)))
+    result = CliRunner().invoke(app, ["info", str(bad)])
+    assert result.exit_code != 0
+    assert "model.norm.weight has shape [3]; [160] would be right" in f"{result.output} {result.exception}"
 
 
 def test_what_is_refused(base, fp8, tmp_path):

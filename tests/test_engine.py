@@ -451,11 +451,11 @@ def test_one_damaged_request_leaves_the_others_alone(make):
 
 def test_prompts_run_in_calls_of_bounded_size(monkeypatch):
     """One long prompt among many short ones must not pad all of them to its length in one call."""
-    from jevons.engine import engine as module
+    from jevons.engine import engine, passes
 
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 100)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 100)
     model, sizes = lively(nano()), []
-    monkeypatch.setattr(module, "build_meta", lambda *args, **kwargs: (
+    monkeypatch.setattr(passes, "build_meta", lambda *args, **kwargs: (
         sizes.append(len(args[2]) * max(args[2]) if args[2] else 0), build_meta(*args, **kwargs))[1])
     from jevons.model import build_meta
 

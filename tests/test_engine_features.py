@@ -274,7 +274,7 @@ def test_deterministic_is_the_same_to_the_bit_in_any_company():
 
 def test_every_core_decodes_its_share(monkeypatch):
     """With many rows of a small model the cores split them; each token is still its own seed's."""
-    monkeypatch.setattr("jevons.engine.engine.SHARED", 4)
+    monkeypatch.setattr("jevons.engine.passes.SHARED", 4)
     model = lively(nano())
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -317,7 +317,7 @@ def test_a_storm():
     for _ in range(3):
         model = lively(nano(vocab_size=8))
         engine = Engine(model, -1, max_batch=5, max_len=96, pages=random.choice([3, 5, 9]), prefix_cache=random.random() < 0.7,
-                        speculate=random.choice([0, 1, 3, None]), max_waiting=8, patient=random.random() < 0.5)
+                        speculate=random.choice([0, 1, 3, None]), max_waiting=8, pace=random.choice([None, 0.0, 1.5, 3.0]))
         asked, gone, prompts = {}, set(), [random_ids(50, 8)]
 
         def disturb(step, engine=engine, asked=asked, gone=gone, prompts=prompts):

@@ -1,6 +1,7 @@
 """Many processes against one: every layout trains to the same weights, states go from any layout to any other, and a process
 that dies ends the others with a sentence."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import time
 import parallel_worker as worker
 import pytest
 import torch
+from safetensors.torch import load_file
+from test_distil import TOKENIZER, talkative, teacher_model
 from whole_runs import metrics, write_recipe
 
 from jevons.recipe import MeshError, MeshTable, RecipeError, parse_recipe
@@ -37,18 +40,18 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return worker.train(tmp_path_factory.mktemp("alone"))
+    return worker.train(tmp_path_factory.mktemp("alone"), save_every=KEPT)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """(results, directory) of the layouts of four."""
     directory = tmp_path_factory.mktemp("four")
-    return worker.run(4, worker.layouts, (FOUR, directory, dict(save_every=2)), directory), directory
+    return worker.run(4, worker.layouts, (FOUR, directory, dict(save_every=KEPT)), directory), directory
 
 
 def hold(result, alone, since=0):
-    alone = worker.Result(alone.losses[since:], alone.norms[since:], alone.loads[since:], alone.model)
+    alone = dataclasses.replace(alone, losses=alone.losses[since:], norms=alone.norms[since:], loads=alone.loads[since:])
     assert worker.difference(result, alone) < CLOSE
     assert result.loads == alone.loads, "every token of every process counts in the routers' load"
     for gate, other in zip(result.model.routers(), alone.model.routers(), strict=True):
@@ -57,8 +60,9 @@ def hold(result, alone, since=0):
 
 def test_two_processes_train_to_what_one_trains_to(alone, tmp_path):
     assert alone.losses[-1] < alone.losses[0] and len(alone.losses) == STEPS
+    assert all(worker.difference(alone, dataclasses.replace(alone, model=m)) > 1e-4 for m in (alone.averaged, alone.best))
     tables = {name: table for name, table in TWO.items() if name != "fsdp"}  # which four are, and go on as two
-    results = worker.run(2, worker.layouts, (tables, tmp_path, {}), tmp_path)
+    results = worker.run(2, worker.layouts, (tables, tmp_path, dict(save_every=KEPT)), tmp_path)
     assert list(results) == list(tables)
     for result in results.values():
         hold(result, alone)
@@ -80,7 +84,7 @@ def test_four_go_on_as_two_and_as_one(alone, four, tmp_path):
     two = {name: TWO[name] for name in ("fsdp", "dualpipev")}
     for result in worker.run(2, worker.layouts, (two, tmp_path, {}), tmp_path).values():
         hold(result, alone, KEPT)
-    hold(worker.train(tmp_path / "one"), worker.Result([], [], [], alone.model))  # nothing left to do, from two or from one
+    hold(worker.train(tmp_path / "one"), alone, STEPS)  # nothing left to do, from two or from one
 
 
 def test_a_state_counts_once_it_is_whole(alone, four, tmp_path):
@@ -188,22 +192,37 @@ problems = 3
 group_size = 4
 max_tokens = 10
 [[stages]]
+kind = "distil"
+teacher = "teacher"
+student = { preset = "qwen2-nano" }
+mode = "logits"
+problems = 130
+max_tokens = 20
+keep = "all"
+epochs = 1
+micro_batch_tokens = 200
+ema_decay = 0.8
+[[stages]]
 kind = "eval"
 n = 2
 max_tokens = 4
+[guard]
+use_best = true
 """
 
 
 def test_one_command_runs_every_stage(tmp_path):
-    """Pretraining sharded, rollouts shared out, evaluation by the leader: what is logged is what one process logs."""
+    """Pretraining sharded, rollouts and a teacher's answers shared out, evaluation by the leader: what is logged is what one
+    process logs."""
     write_recipe(tmp_path, WHOLE)
+    save_checkpoint(tmp_path / "teacher", talkative(teacher_model()), TOKENIZER, {})
     assert worker.run(2, worker.whole_run, (["--out", "two"], tmp_path), tmp_path) == 0
     assert worker.run(1, worker.whole_run, (["--out", "one", "--mesh", "data=1"], tmp_path), tmp_path) == 0
     two, one = (metrics(tmp_path / name) for name in ("two", "one"))
     assert [(x["kind"], x.get("stage"), x.get("step")) for x in two] == [(x["kind"], x.get("stage"), x.get("step")) for x in one]
     steps = [(a, b) for a, b in zip(two, one, strict=True) if a["kind"] == "step"]
-    assert len(steps) == 5
-    for a, b in steps[:4]:
+    assert [a["stage"] for a, _ in steps] == ["pretrain"] * 3 + ["grpo"] * 2 + ["distil"] * (len(steps) - 5)
+    for a, b in steps[:4] + steps[5:]:
         assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
         if "loss" in b:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-2, abs=1e-3)
@@ -211,6 +230,13 @@ def test_one_command_runs_every_stage(tmp_path):
     for key in ("reward", "length", "truncated", "zero_spread", "accuracy"):
         assert first[key] == other[key], key
     assert (tmp_path / "two" / "final" / "model.safetensors").stat().st_size > 0
+    taught = [tmp_path / name / "stages" / "02-distil" for name in ("two", "one")]
+    traces = [(directory / "traces.jsonl").read_bytes() for directory in taught]
+    assert len(steps) > 5 and traces[0] == traces[1] and traces[0].count(b"\n") > 10
+    for kind in (".", "ema"):
+        a, b = (load_file(directory / kind / "model.safetensors") for directory in taught)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
 
 
 def test_everyone_gets_as_many():

@@ -25,6 +25,7 @@ from jevons.store.checkpoint import load_checkpoint
 
 NEVER = -1  # an eos that no model produces: answers have the length that was asked for
 SLOTS = 64
+PACE = 2.5  # of `load`, so that the slowest of a hundred steps is within 3 lone ones
 PREFIX_REQUESTS, PREFIX_SHARE = 32, 0.9
 
 
@@ -69,6 +70,8 @@ class Jevons:
 
     def options(self, what: str, jobs: Sequence[Job]) -> dict[str, list[Any]]:
         """Its own defaults, but whether drafts pay for a whole batch."""
+        if what == "load":
+            return {"pace": [PACE]}
         return {"speculate": [0, None]} if what == "offline" and self.model.mtp else {}
 
     def engine(self, jobs: Sequence[Job], batch: int, eos: int = NEVER, **features: Any) -> Engine:
@@ -83,7 +86,7 @@ class Jevons:
         return self._engine[1]
 
     def stepper(self, jobs: Sequence[Job], settings: dict[str, Any], what: str = "load") -> Stepper:
-        features = dict(speculate=None, patient=True) if what == "load" else settings  # under load as the server runs it
+        features = dict(speculate=None) | settings if what == "load" else settings  # under load as the server runs it
         return EngineStepper(self.engine(jobs, SLOTS if what in BATCHED else 1, **features))
 
     def run(self, what: str, jobs: Sequence[Job], settings: dict[str, Any]) -> list[Answer]:

@@ -95,7 +95,7 @@ class Answering:
         work = [Job(*job) for job in jobs]
         options = self.side.options(what, work)
         if what == "load" and "offline" in self._settings:  # the same jobs
-            self._settings["load"] = {name: self._settings["offline"][name] for name in options}
+            self._settings["load"] = {name: self._settings["offline"].get(name, values[0]) for name, values in options.items()}
             return {"settings": self._settings["load"]}
         if any(len(values) > 1 for values in options.values()):
             less = shorter(work, TRY)
@@ -126,8 +126,13 @@ class Answering:
         return found
 
     def load(self, jobs: list[Any], seconds: float, seed: int) -> dict[str, Any]:
-        """Requests at LOAD of the capacity that everything at once has, for about so many seconds."""
+        """Requests at LOAD of the capacity that everything at once has, for about so many seconds; where the side keeps a pace,
+        without it too."""
         work, settings = [Job(*job) for job in jobs], self._settings["load"]
+        found = self._load(work, settings, seconds, seed)
+        return found | ({"without_pace": self._load(work, settings | {"pace": 0.0}, seconds, seed)} if "pace" in settings else {})
+
+    def _load(self, work: list[Job], settings: dict[str, Any], seconds: float, seed: int) -> dict[str, Any]:
         stepper = self.side.stepper(work, settings)
         alone = run_all(stepper, [max(work, key=lambda job: job.tokens)])[0]
         capacity = figures("offline", work, run_all(stepper, work))["requests_per_second"]

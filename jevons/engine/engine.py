@@ -16,8 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,20 +24,20 @@ import torch
 from jevons.engine.disk import DiskTier
 from jevons.engine.drafts import Drafts
 from jevons.engine.graphs import Graphs, defaults
+from jevons.engine.pace import Pace
 from jevons.engine.pages import PagePool
+from jevons.engine.passes import MIXED, Passes
 from jevons.engine.rows import Rows
 from jevons.engine.scheduler import Scheduler, Sequence, StopWatcher, in_calls
 from jevons.engine.speculation import Speculation
 from jevons.engine.types import Completion, Request, TokenEvent
-from jevons.model import CausalLM, KVCache, build_meta
+from jevons.model import CausalLM, KVCache
 from jevons.plan import count_parameters
 
 PAGE = 32
 SMALL = 8_000_000  # parameters; threads that share a smaller model's operations on a CPU cost more than they give
-SHARED = 16  # rows, or prompts, of a small model from which every core runs its share of them by itself
 PREFILL_TOKENS = 8192  # prompts run in calls of about this many tokens, padded to the longest of a call
 CHUNK = 512  # tokens of prompts that run between two tokens of those that decode
-LEAST_CHUNK = 8  # fewer, and a prompt would read the weights too often
 
 
 class Engine:
@@ -48,7 +46,8 @@ class Engine:
     `prefix_cache`: keep the pages of prompts and answers for those that begin the same; only while the weights do not change.
     `disk` keeps them over restarts. `speculate`: drafts of the MTP module per pass, None to find out what pays (by the clock).
     `pages`: of PAGE tokens each; by default as many as `max_batch` sequences of `max_len` need.
-    `patient`: chunks of prompts are as short as it takes that running streams hardly notice them (by the clock).
+    `pace` (by the clock; None: no clock, prompts in chunks of CHUNK): chunks of prompts are as short as it takes that running
+    streams hardly notice them; above 0, no token of theirs takes more than so many lone steps, and further requests wait.
     `deterministic`: every sequence is computed by itself, so that the same request has the same bits in any company.
     `graphs`: decode in steps of static shapes, captured on a GPU; None: there, where the model allows it.
     """
@@ -56,23 +55,26 @@ class Engine:
     def __init__(self, model: CausalLM, eos_id: int, max_batch: int = 64, max_len: int = 1024, max_waiting: int = 256,
                  tokenizer: Any = None, cache_dtype: torch.dtype | None = None, pages: int | None = None,
                  prefix_cache: bool = False, disk: DiskTier | None = None, root: bytes = b"", speculate: int | None = 0,
-                 patient: bool = False, deterministic: bool = False, graphs: bool | None = None):
+                 pace: float | None = None, deterministic: bool = False, graphs: bool | None = None):
         max_len = min(max_len, model.config.max_position_embeddings)
         self.model, self.eos_id, self.tokenizer, device = model, eos_id, tokenizer, model.embed_tokens.weight.device
         per_sequence = -(-max_len // PAGE)
         pages = max_batch * per_sequence if pages is None else pages
+        if deterministic and pace:
+            raise ValueError(f"pace {pace}: deterministic computes sequences one by one, at no pace; 0 would be right")
         if deterministic and pages < max_batch * per_sequence:
             raise ValueError(f"pages {pages}: deterministic needs {max_batch * per_sequence}, so that nothing is computed twice")
         pool = PagePool(pages, PAGE, prefix_cache and not deterministic, root)
         self.scheduler = Scheduler(max_batch, max_len, max_waiting, pool)
-        self.deterministic, self.patient, self.disk = deterministic, patient, disk if pool.caching else None
+        self.deterministic, self.disk = deterministic, disk if pool.caching else None
+        self.pace = None if pace is None else Pace(pace)
         self._alone = device.type == "cpu" and count_parameters(model.config).total < SMALL
-        self._cores = torch.get_num_threads() if self._alone and not deterministic else 1
-        self._pool = ThreadPoolExecutor(self._cores, "decode", lambda: torch.set_num_threads(1)) if self._cores > 1 else None
         cache_dtype, graphs = defaults(model, cache_dtype, graphs)
         self.cache = KVCache(model.config, pages + graphs, PAGE, dtype=cache_dtype, device=device)  # one page for padding
         self._caches, self.rows, self.device = [self.cache], Rows(max_batch, per_sequence, device), device
         self.graphs = Graphs(model, self.cache, self.rows, scrap=pages) if graphs else None
+        cores = torch.get_num_threads() if self._alone and not deterministic else 1
+        self.passes = Passes(model, self.cache, self.rows, self.graphs, cores)
         self.drafts: Drafts | None = None
         if model.mtp and speculate != 0 and not deterministic:
             cache = KVCache(model.config, pages, PAGE, layers=1, dtype=cache_dtype, device=device)
@@ -80,7 +82,6 @@ class Engine:
             self._caches.append(cache)
         self._events: list[TokenEvent] = []  # for the next step to hand out
         self._counts = dict.fromkeys((f"{kind}_tokens" for kind in ("prompt", "cached", "drafted", "accepted", "generated")), 0)
-        self._decode_seconds, self._prefill_rate = 0.0, 0.0  # of the last steps, for `patient`
 
     @property
     def has_work(self) -> bool:
@@ -129,19 +130,20 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Decode for every running sequence, and run a chunk of the prompts that wait."""
         events, self._events, threads = self._events, [], torch.get_num_threads()
+        begin, generated = self.pace.clock() if self.pace else 0.0, self._counts["generated_tokens"]
         try:
             if self._alone and threads > 1:
                 torch.set_num_threads(1)
             if self.scheduler.waiting:
                 self._admit()
-            if self.scheduler.running:
-                events += self._decode()
-            if self.scheduler.prefilling:
-                events += self._prefill()
+            more, rows, prompt = self._advance()
         finally:
             if self._alone and threads > 1:
                 torch.set_num_threads(threads)
-        return events
+        if self.pace and rows:
+            tokens = self._counts["generated_tokens"] - generated
+            self.pace.record(rows, prompt, max(1, tokens), self.pace.clock() - begin)
+        return events + more
 
     def generate(self, requests: Seq[Request], on_step: Callable[[], None] | None = None) -> list[Completion]:
         """Run requests to their ends, in any number; completions come in the requests' order.
@@ -174,99 +176,47 @@ class Engine:
             self._events = others + [event for event in self._events if event.request_id not in done]
         return [done[r.request_id] for r in requests]
 
-    # -- prompts ------------------------------------------------------------------------------------------------------
+    # -- a step -------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         def copy(source: int, page: int) -> None:
             for cache in self._caches:
                 cache.copy_page(source, page)
 
-        restore = self._restore if self.disk is not None else None
-        for sequence in self.scheduler.admit(lambda s: self.scheduler.adopt_prefix(s, copy, restore)):
+        restore, most = self._restore if self.disk is not None else None, self.pace.rows() if self.pace else None
+        for sequence in self.scheduler.admit(lambda s: self.scheduler.adopt_prefix(s, copy, restore), most):
             if not sequence.preempted:
                 self._counts["prompt_tokens"] += len(sequence.request.prompt_ids)
                 self._counts["cached_tokens"] += sequence.cached_tokens
             if self.drafts is not None:
                 self.drafts.admit(sequence)
 
-    def _prefill(self) -> list[TokenEvent]:
-        budget = PREFILL_TOKENS
-        if self.scheduler.running:
-            budget = CHUNK
-            if self.patient and self._prefill_rate:  # about as long as a decode step takes
-                budget = min(CHUNK, max(LEAST_CHUNK, int(self._decode_seconds * self._prefill_rate)))
-        plan, begin = self.scheduler.plan_prefill(budget), time.perf_counter()
-        if self.deterministic:  # chunks that depend on the prompt alone
-            plan = [(oldest := self.scheduler.prefilling[0], min(CHUNK, oldest.goal - oldest.computed))]
-        events = [event for call in in_calls(plan, PREFILL_TOKENS) for event in self._run_prompts(call)]
-        rate = sum(count for _, count in plan) / (time.perf_counter() - begin)
-        self._prefill_rate += (0.3 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
-        return events
-
-    def _run_prompts(self, chunks: list[tuple[Sequence, int]]) -> list[TokenEvent]:
-        """Some tokens of some prompts; those that end give their first token and run from then on."""
-        sequences, counts = [s for s, _ in chunks], [count for _, count in chunks]
-        starts = [s.computed for s in sequences]
-        hidden = torch.cat(self._by_cores(lambda first, end: self._read(chunks[first:end]), 0, len(chunks)))
-        last = (np.cumsum(counts) - 1).tolist()
-        fresh, events, ended = [], [], []
-        for (sequence, count), at in zip(chunks, last, strict=True):
-            sequence.computed += count
-            if sequence.computed == sequence.goal:
-                self.scheduler.start(sequence)
-                self.rows.set(sequence)
-                if not sequence.produced:
-                    fresh.append((sequence, at))
-        if fresh:
-            logits = self.model.logits(hidden[[at for _, at in fresh]])
-            tokens, logprobs = self.rows.choose(logits, torch.tensor([s.row for s, _ in fresh]))
-            for i, ((sequence, _), token, logprob) in enumerate(zip(fresh, tokens.tolist(), logprobs.tolist(), strict=True)):
-                if self._emit(sequence, token, logprob, logits, i, events):
-                    ended.append(sequence)
-                else:
-                    self.rows.follow(sequence)
-        if self.drafts:
-            parts = [part for part in zip(sequences, starts, counts, last, strict=True) if part[0] not in ended]
-            self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
-        for sequence in (s for s in sequences if s not in ended):
-            self._register(sequence)
-        self._end(ended)
-        return events
-
-    def _by_cores(self, work: Callable[[int, int], Any], first: int, end: int) -> list[Any]:
-        """What `work(first, end)` gives; of many rows, or prompts, of a small model every core does its share."""
-        if self._pool is None or self.graphs is not None or end - first < SHARED:
-            return [work(first, end)]
-        cuts = [first + (end - first) * i // self._cores for i in range(self._cores + 1)]
-        return list(self._pool.map(work, cuts[:-1], cuts[1:]))
-
-    @torch.inference_mode()
-    def _read(self, chunks: list[tuple[Sequence, int]]) -> torch.Tensor:
-        """Hidden states of some tokens of some prompts, one prompt's after the other. Writes to their pages only."""
-        meta = build_meta(self.rows.tables([s for s, _ in chunks]), [s.computed for s, _ in chunks], [n for _, n in chunks], PAGE)
-        flat = [i for s, n in chunks for i in s.tokens[s.computed : s.computed + n]]
-        return self.model(torch.tensor(flat, device=self.device), meta.positions_N, self.cache, meta)
-
-    # -- decoding -----------------------------------------------------------------------------------------------------
-
-    def _decode(self) -> list[TokenEvent]:
-        begin, events, drafts = time.perf_counter(), [], self.drafts
+    def _advance(self) -> tuple[list[TokenEvent], int, int]:
+        """A token or more for all that run, and a chunk of the prompts, in one pass where that may be: (events, rows that
+        decoded, tokens of prompts)."""
         for sequence in list(self.scheduler.running):
-            more = 1 + len(drafts.get(sequence, ())) if drafts else 1
+            more = 1 + len(self.drafts.get(sequence, ())) if self.drafts else 1
             if sequence.row is not None and sequence.computed + more > len(sequence.pages) * PAGE:
                 self._grow(sequence)
-        running = list(self.scheduler.running)
-        if not running:
-            return events
-        if self.deterministic:
-            ended = [gone for sequence in running for gone in self._decode_rows([sequence], events)]
-        elif drafts and any(sequence in drafts for sequence in running):
-            ended = self._verify(running, events)
-        else:
-            ended = self._decode_rows(running, events)
-        self._end(ended)
-        self._decode_seconds += (0.3 if self._decode_seconds else 1.0) * (time.perf_counter() - begin - self._decode_seconds)
-        return events
+        running, chunks = list(self.scheduler.running), self._chunks()
+        rows, prompt = len(running), sum(count for _, count in chunks)
+        padded = (rows + len(chunks)) * max((count for _, count in chunks), default=0)
+        if rows and chunks and rows + prompt <= MIXED and padded <= PREFILL_TOKENS and not (self.graphs or self.deterministic):
+            return self._pass(running, chunks), rows, prompt
+        events = self._decode(running) if running else []
+        for call in in_calls(chunks, PREFILL_TOKENS):
+            events += self._pass([], call)
+        return events, rows, prompt
+
+    def _chunks(self) -> list[tuple[Sequence, int]]:
+        """Who reads how many tokens of its prompt now."""
+        prefilling, running = self.scheduler.prefilling, len(self.scheduler.running)
+        if self.deterministic:  # chunks that depend on the prompt alone
+            return [(s, min(CHUNK, s.goal - s.computed)) for s in prefilling[:1]]
+        budget = CHUNK if running else PREFILL_TOKENS
+        if running and self.pace and not self.graphs:  # on a GPU a pass of its own costs about the same whatever it holds
+            budget = min(CHUNK, self.pace.chunk(running))
+        return self.scheduler.plan_prefill(budget)
 
     def _grow(self, sequence: Sequence) -> None:
         """A page for the next token, at others' cost where none is left, and for its drafts where there is one."""
@@ -283,44 +233,42 @@ class Engine:
                 del drafts[len(sequence.pages) * PAGE - sequence.computed - 1 :]
         self.rows.grow(sequence, held)
 
-    def _decode_rows(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
-        """One token for each of some consecutive rows. Returns those that ended."""
-        shares, drawn, logprobs = zip(*self._by_cores(self._next_tokens, sequences[0].row, sequences[-1].row + 1), strict=True)
-        logits, tokens, logprobs = shares[0] if len(shares) == 1 else torch.cat(shares), chain(*drawn), chain(*logprobs)
-        ended = []
-        for i, (sequence, token, logprob) in enumerate(zip(sequences, tokens, logprobs, strict=True)):
-            sequence.computed += 1
-            forced = bool(sequence.forced)
-            if self._emit(sequence, token, logprob, logits, i, events):
-                ended.append(sequence)
-            elif forced:
-                self.rows.follow(sequence)
-        return ended
+    def _decode(self, running: list[Sequence]) -> list[TokenEvent]:
+        """One token for each of them, or several where there are drafts."""
+        if self.drafts and any(sequence in self.drafts for sequence in running):
+            return self._pass(running, [])
+        events, ended = [], []
+        for part in [[sequence] for sequence in running] if self.deterministic else [running]:
+            logits, tokens, logprobs = self.passes.next_tokens(part[0].row, part[-1].row + 1)
+            for i, (sequence, token, logprob) in enumerate(zip(part, tokens, logprobs, strict=True)):
+                sequence.computed += 1
+                forced = bool(sequence.forced)
+                if self._emit(sequence, token, logprob, logits, i, events):
+                    ended.append(sequence)
+                elif forced:
+                    self.rows.follow(sequence)
+        self._end(ended)
+        return events
 
-    @torch.inference_mode()
-    def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
-        """Logits, tokens and log-probs of rows first .. end. Writes to these rows and their pages only."""
-        if self.graphs is not None:
-            logits, tokens, logprobs = self.graphs.decode(first, end)
-            return logits, tokens.tolist(), logprobs.tolist()
-        rows = self.rows
-        given = rows.last[first:end].tolist(), [1] * (end - first), rows.length[first:end].tolist()
-        _, logits, tokens, logprobs = rows.step(self.model, self.cache, first, *given)
-        rows.length[first:end] += 1
-        rows.last[first:end] = torch.tensor(tokens)
-        return logits, tokens, logprobs
-
-    def _verify(self, sequences: list[Sequence], events: list[TokenEvent]) -> list[Sequence]:
-        """All rows at once, each with its last token and its drafts: as many tokens as drafts were right, and one more."""
-        begin = time.perf_counter()
-        drafts = [self.drafts.get(sequence, []) for sequence in sequences]
-        given, counts = [[s.tokens[-1], *d] for s, d in zip(sequences, drafts, strict=True)], [1 + len(d) for d in drafts]
-        starts = [s.computed for s in sequences]
-        hidden, logits, tokens, logprobs, stride = (self.graphs or self.drafts).verify(given, starts, self.cache)
-        ended, kept, at = [], [], 0
-        for sequence, own, count in zip(sequences, drafts, counts, strict=True):
+    def _pass(self, running: list[Sequence], chunks: list[tuple[Sequence, int]]) -> list[TokenEvent]:
+        """Every running row with its last token and its drafts, beside some tokens of some prompts. A row gives as many tokens
+        as drafts were right, and one more; prompts that end give their first, and run from then on."""
+        begin, events, ended, fresh, count = time.perf_counter(), [], [], [], len(running)
+        drafts = [self.drafts.get(s, []) if self.drafts else [] for s in running]
+        given = [[s.tokens[-1], *own] for s, own in zip(running, drafts, strict=True)]
+        given += [s.tokens[s.computed : s.computed + more] for s, more in chunks]
+        sequences = [*running, *(s for s, _ in chunks)]
+        starts, ends, stride = [s.computed for s in sequences], np.cumsum([len(own) for own in given]).tolist(), 0
+        if chunks:
+            hidden = self.passes.read(sequences, given)
+            fresh = [(s, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True) if self._read_on(s, more)]
+            logits, tokens, logprobs = self._choose(hidden, running, given, fresh)
+        else:
+            hidden, logits, tokens, logprobs, stride = (self.graphs or self.drafts).verify(given, starts, self.cache)
+        parts, at = [], 0  # of what was computed, that which counts: (sequence, its first position, how many, the last one's row)
+        for sequence, own, start in zip(running, drafts, starts, strict=False):
             accepted = 0
-            for i in range(count):
+            for i in range(1 + len(own)):
                 sequence.computed += 1
                 over = self._emit(sequence, tokens[at + i], logprobs[at + i], logits, at + i, events)
                 if over or i == len(own) or sequence.tokens[-1] != own[i]:
@@ -330,20 +278,57 @@ class Engine:
                 ended.append(sequence)
             else:
                 self.rows.follow(sequence)
+                parts.append((sequence, start, accepted + 1, at + accepted))
             sequence.drafted += len(own)
             sequence.accepted += accepted
             self._counts["drafted_tokens"] += len(own)
             self._counts["accepted_tokens"] += accepted
-            if not over:
-                kept.append((sequence, sequence.computed - accepted - 1, accepted + 1, at + accepted))
-            at += stride or count
+            at += stride or 1 + len(own)
+        for i, (sequence, _) in enumerate(fresh):
+            if self._emit(sequence, tokens[at + i], logprobs[at + i], logits, at + i, events):
+                ended.append(sequence)
+            else:
+                self.rows.follow(sequence)
         passed = time.perf_counter() - begin
-        self.drafts.make(hidden, kept, len(sequences))
-        asked = max(map(len, drafts))
-        seconds = time.perf_counter() - begin if asked else passed  # no drafts: what the module does is for a comparison
-        mean = sum(sequence.computed - start for sequence, start in zip(sequences, starts, strict=True)) / len(sequences)
-        self.drafts.speculation.record(len(sequences), asked, seconds, mean)
-        return ended
+        if self.drafts:
+            parts += [(s, s.computed - more, more, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True)
+                      if s not in ended]
+            self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
+        if not chunks:
+            asked = max(map(len, drafts))
+            seconds = time.perf_counter() - begin if asked else passed  # no drafts: what the module does is for a comparison
+            mean = sum(sequence.computed - start for sequence, start in zip(running, starts, strict=True)) / count
+            self.drafts.speculation.record(count, asked, seconds, mean)
+        for sequence in (s for s, _ in chunks if s not in ended):
+            self._register(sequence)
+        self._end(ended)
+        return events
+
+    def _read_on(self, sequence: Sequence, count: int) -> bool:
+        """So much of its prompt is in the cache; whether that is the end, and its first token comes."""
+        sequence.computed += count
+        if sequence.computed < sequence.goal:
+            return False
+        self.scheduler.start(sequence)
+        self.rows.set(sequence)
+        return not sequence.produced
+
+    def _choose(self, hidden: torch.Tensor, running: list[Sequence], given: list[list[int]], fresh: list[tuple[Sequence, int]],
+                ) -> tuple[torch.Tensor, list[int], list[float]]:
+        """Logits, tokens and log-probs after every token of the running rows, and then of the prompts that ended."""
+        places = [s.computed + i for s, own in zip(running, given, strict=False) for i in range(1, 1 + len(own))]
+        count = len(places)
+        if not count and not fresh:
+            return hidden, [], []
+        if fresh:
+            hidden = torch.cat([hidden[:count], hidden[[at for _, at in fresh]]])
+        slots: slice | torch.Tensor = slice(0, count)
+        if fresh or count > len(running):
+            rows = [s.row for s, own in zip(running, given, strict=False) for _ in own]
+            slots = torch.tensor(rows + [s.row for s, _ in fresh])
+        logits = self.model.logits(hidden[: count + len(fresh)])
+        tokens, logprobs = self.rows.choose(logits, slots, torch.tensor(places + [s.computed for s, _ in fresh]))
+        return logits, tokens.tolist(), logprobs.tolist()
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 

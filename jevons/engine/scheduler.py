@@ -160,11 +160,11 @@ class Scheduler:
         self._known[request.request_id] = sequence
         return sequence
 
-    def admit(self, adopt: Callable[[Sequence], None]) -> list[Sequence]:
-        """Move waiting sequences to prefilling, first come first served, as far as rows and pages reach. `adopt` may give
-        one the pages of a prefix (see `adopt_prefix`); then it gets pages for all of its tokens."""
-        admitted = []
-        while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
+    def admit(self, adopt: Callable[[Sequence], None], most: int | None = None) -> list[Sequence]:
+        """Move waiting sequences to prefilling, first come first served, as far as rows and pages reach, and while fewer than
+        `most` are in. `adopt` may give one the pages of a prefix (see `adopt_prefix`); then it gets pages for all its tokens."""
+        admitted, most = [], self.max_batch if most is None else min(most, self.max_batch)
+        while self.waiting and len(self.running) + len(self.prefilling) < most:
             sequence, size = self.waiting[0], self.pool.size
             needed = -(-len(sequence.tokens) // size)
             # those that run will soon need a page each; without the reserve, admission and preemption would alternate

@@ -179,8 +179,6 @@ class Run:
         fp8 = fp8_settings(recipe)
         set_training_precision(self.model, fp8)  # before a reference policy is copied from it
         objective = self._objective(index, stage, directory)
-        if stage.ema_decay:
-            objective = Averaged(objective, self.model, stage.ema_decay)
         self._peak = self._peak or peak_flops(self.runtime, self.dtype)
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
@@ -188,6 +186,8 @@ class Run:
             fp8=fp8, should_stop=should_stop, may_abandon=parallel is None, peak_flops=self._peak,
             on_step=self.observer.on_step, parallel=parallel)
         loop = Loop(self.model, objective, settings, self.log)
+        if stage.ema_decay:  # of the weights as they lie now
+            loop.objective = objective = Averaged(objective, self.model, stage.ema_decay)
         done = loop.resume()
         if done == 0:
             self._from_the_start(directory, name)
@@ -197,20 +197,16 @@ class Run:
         self.observer.on_stage(name, done, objective.steps)
         progress = loop.run()
         best = loop.states.restore_best() if self.recipe.guard.use_best else None
-        if parallel is not None:
-            parallel.finish()
-            self.model = parallel.gather(self.model)
-            if not self.leads:
-                return
         provenance = self._provenance(index, {
             "steps": progress.step, "weights_of_step": best or progress.step, "tokens": progress.tokens,
             "time.seconds": progress.seconds,
             "time.dollars": dollars(progress.seconds, self.recipe.cost.dollars_per_hour)} | objective.scores())
         if isinstance(objective, Averaged):  # first: the stage is complete with its own checkpoint
             with objective.applied():
-                save_checkpoint(directory / EMA, self.model, self.tokenizer, provenance | {"ema_decay": objective.decay})
-        save_checkpoint(directory, self.model, self.tokenizer, provenance)
-        shutil.rmtree(directory / "train_state", ignore_errors=True)
+                stages.save(directory / EMA, self.model, self.tokenizer, provenance | {"ema_decay": objective.decay}, parallel)
+        self.model = stages.save(directory, self.model, self.tokenizer, provenance, parallel)
+        if self.leads:
+            shutil.rmtree(directory / "train_state", ignore_errors=True)
 
     def _objective(self, index: int, stage: TrainedStage, directory: Path) -> Objective:
         seed = self.recipe.seed
@@ -267,8 +263,10 @@ class Run:
         self.log.position()  # on the disk before the file that says so
         write_text(directory / "results.json", json.dumps(records, indent=2) + "\n")
 
-    def _check_stop(self, name: str) -> None:
-        if self.observer.should_stop():
+    def _check_stop(self, name: str, together: bool = False) -> None:
+        """`together`: all processes ask at once, and stop where one is to."""
+        asked = self.observer.should_stop()
+        if self.world.agree(asked) if together and self.world else asked:
             raise Interrupted(f"stopped in stage {name}; what it has saved is kept")
 
     # -- what stages stand on -----------------------------------------------------------------------------------------
@@ -324,8 +322,8 @@ class Run:
         self.model, self.tokenizer = new_student(stage, teacher, tokenizer, self.recipe.seed)
         self._teacher = teacher
         self.observer.on_stage(f"{name}: answers", 0, 1)
-        sample_traces(teacher, tokenizer, self.task, stage, self.recipe.seed, directory, lambda: self._check_stop(name),
-                      lambda done, of: self.observer.on_step({"stage": name, "step": done / of}, 1))
+        sample_traces(teacher, tokenizer, self.task, stage, self.recipe.seed, directory, lambda: self._check_stop(name, True),
+                      lambda done, of: self.observer.on_step({"stage": name, "step": done / of}, 1), self.world)
 
     # -- records ------------------------------------------------------------------------------------------------------
 

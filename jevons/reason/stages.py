@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,9 +22,13 @@ from jevons.reason.grpo import GRPO
 from jevons.recipe import DataTable, GRPOStage, PretrainStage, Recipe, SFTStage
 from jevons.recipe.mesh import check_model, check_recipe
 from jevons.runtime import Runtime
+from jevons.store.checkpoint import save_checkpoint
 from jevons.tasks.base import Task
 from jevons.train.pretrain import Pretrain
 from jevons.train.sft import answers, read_conversations
+
+if TYPE_CHECKING:
+    from jevons.train.parallel.base import Parallel
 
 LEAST_PROMPT = 128  # tokens of room that rollouts leave for a prompt beside max_tokens; twice the longest of PROBED if more
 PROBED = 64
@@ -39,7 +44,6 @@ def first_config(recipe: Recipe) -> ModelConfig:
 def check(recipe: Recipe, task: Task | None, runtime: Runtime) -> dict[int, int]:
     """How many examples each SFT stage has. Raises ValueError for what could only fail later, with the directory begun."""
     config, examples = first_config(recipe), {}
-    check_model(recipe.mesh, config)
     check_recipe(recipe.mesh, recipe)
     ranks, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # torchrun's
     memory = runtime.gpu_memory_gib if runtime.device == "cuda" else runtime.memory_gib
@@ -48,6 +52,8 @@ def check(recipe: Recipe, task: Task | None, runtime: Runtime) -> dict[int, int]
         check_fits(recipe, memory * 2**30, devices, lambda: plan_line(recipe), runtime.threads)
     for index, (stage, (at, _)) in enumerate(zip(recipe.stages, stage_configs(recipe), strict=True)):
         where = f"stage {recipe.stage_name(index)}"
+        if stage.kind not in ("grpo", "eval"):  # these keep the whole model on every process
+            check_model(recipe.mesh, at)
         if isinstance(stage, SFTStage):
             examples[index] = sum(answers(read_conversations(path)) for path in stage.data)
             if stage.examples not in (None, examples[index]):
@@ -115,3 +121,12 @@ def grpo(recipe: Recipe, stage: GRPOStage, model: CausalLM, tokenizer: Tokenizer
     objective = GRPO(model, tokenizer, task, stage, recipe.seed, engine)
     objective.dtype = dtype
     return objective
+
+
+def save(directory: Path, model: CausalLM, tokenizer: Tokenizer, provenance: dict[str, Any], parallel: Parallel | None,
+         ) -> CausalLM | None:
+    """The checkpoint of a model that lies as `parallel` has it. Returns it whole; None where this process does not lead."""
+    whole = parallel.gather(model) if parallel else model
+    if whole is not None:
+        save_checkpoint(directory, whole, tokenizer, provenance)
+    return whole

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jevons.chat import END_THINK, ReasoningParser
 from jevons.data.tokenizer import Tokenizer
@@ -22,6 +23,9 @@ from jevons.tasks.base import Task
 from jevons.train.distil import LogitDistil, check_same_tokenizer
 from jevons.train.sft import SFT, read_conversations, render
 
+if TYPE_CHECKING:
+    from jevons.train.parallel.mesh import World
+
 ROUND = 128  # problems sampled at once; each round is on the disk before the next begins
 TRACES = "traces.jsonl"
 
@@ -31,32 +35,41 @@ class TeacherError(ValueError):
 
 
 def sample_traces(model: CausalLM, tokenizer: Tokenizer, task: Task, stage: DistilStage, seed: int, directory: Path,
-                  check_stop: Callable[[], None], on_round: Callable[[int, int], None]) -> Path:
+                  check_stop: Callable[[], None], on_round: Callable[[int, int], None], world: World | None = None) -> Path:
     """`directory/traces.jsonl`: a line an answer that ended and is right (or `keep = "all"`), as `question` and `answer`, which
-    SFT reads. A function of (weights, seed); what an interrupted call sampled whole is kept. Raises TeacherError."""
+    SFT reads. A function of (weights, seed); what an interrupted call sampled whole is kept. Raises TeacherError.
+
+    Many processes share out whole rounds, so that an answer has the same company in any number of them, and the same bits."""
     final, parts = directory / TRACES, directory / "traces"
-    rounds = -(-stage.problems // ROUND)
+    rounds, leads = -(-stage.problems // ROUND), world is None or world.leads
+    rank, ranks, meet = (world.rank, world.size, world.meet) if world else (0, 1, lambda: None)
     if not final.exists():
-        parts.mkdir(exist_ok=True)
-        for index in range(rounds):
+        parts.mkdir(parents=True, exist_ok=True)
+        for first in range(0, rounds, ranks):
+            meet()
+            check_stop()
+            index = first + rank
             part = parts / f"{index:05d}.jsonl"
-            if not part.exists():
-                check_stop()
+            if index < rounds and not part.exists():
                 count, name = min(ROUND, stage.problems - index * ROUND), f"traces {seed + stage.first_seed} {index}"
-                write_text(part, _round(model, tokenizer, task, stage, name, count, check_stop))
-            on_round(index + 1, rounds)
+                write_text(part, _round(model, tokenizer, task, stage, name, count, check_stop if ranks == 1 else None))
+            on_round(min(first + ranks, rounds), rounds)
+        meet()  # all parts are there
         text = "".join((parts / f"{index:05d}.jsonl").read_text(encoding="utf-8") for index in range(rounds))
         if not text:
             wanted = "ended and was right" if stage.keep == "right" else "ended"
             raise TeacherError(f"none of the teacher's {stage.problems * stage.samples} answers {wanted}; a max_tokens over "
                                f"{stage.max_tokens}, more samples, keep = \"all\" or a better teacher would help")
-        write_text(final, text)
-    shutil.rmtree(parts, ignore_errors=True)
+        if leads:
+            write_text(final, text)
+        meet()  # and all have read them
+    if leads:
+        shutil.rmtree(parts, ignore_errors=True)
     return final
 
 
 def _round(model: CausalLM, tokenizer: Tokenizer, task: Task, stage: DistilStage, seed: str, count: int,
-           check_stop: Callable[[], None]) -> str:
+           check_stop: Callable[[], None] | None) -> str:
     """One round's lines."""
     rng, render = random.Random(seed), tokenizer.renderer()
     problems = [task.sample(rng) for _ in range(count)]

@@ -108,13 +108,7 @@ def check_recipe(mesh: MeshTable, recipe: Any) -> None:
     if mesh.size == 1:
         return
     for index, stage in enumerate(recipe.stages):
-        name = recipe.stage_name(index)
-        if stage.kind == "distil":
-            raise MeshError(f"stage {name}: a teacher samples and teaches in one process; the mesh {mesh.shown} would be right "
-                            "for the stages before and after, by `--stage` and `--mesh`")
-        spread_stage(mesh, stage, name)
-    if recipe.guard.use_best:
-        raise MeshError(f"guard.use_best needs whole states, and the mesh {mesh.shown} shards them; false would be right")
+        spread_stage(mesh, stage, recipe.stage_name(index))
     if recipe.data and recipe.data.validation and mesh.pipeline > 1:
         raise MeshError(f"data.validation is scored by one forward pass, and mesh.pipeline = {mesh.pipeline} has none; "
                         "data.validation = 0 would be right")
@@ -122,11 +116,7 @@ def check_recipe(mesh: MeshTable, recipe: Any) -> None:
 
 def spread_stage(mesh: MeshTable, stage: Any, name: str) -> Any:
     """A stage with a `micro_batch_tokens` that gives every process its micro-batches. Raises MeshError where its own does not."""
-    if mesh.size == 1:
-        return stage
-    if getattr(stage, "ema_decay", None):
-        raise MeshError(f"stage {name}: ema_decay averages the weights of one process; leave it out, or train with mesh data = 1")
-    if getattr(stage, "batch_tokens", None) is None:
+    if mesh.size == 1 or getattr(stage, "batch_tokens", None) is None:
         return stage
     batch = stage.timeline.batch(0)
     each = mesh.micro_batches or (2 * mesh.stages if mesh.pipeline > 1 else 1)

@@ -108,9 +108,7 @@ def load_checkpoint(directory: str | Path, device: torch.device | str = "cpu", d
         if tokenizer.vocab_size > config.vocab_size:
             raise CheckpointError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, config.json's vocab_size is "
                                   f"{config.vocab_size}; the embedding needs a row for every id")
-    headers = {n: info for n, info in read_headers(directory).items() if not n.endswith(HARMLESS)}
-    model = build_model(config, device="meta")
-    copies = _check(directory, model, headers)
+    model, headers, copies = check_tensors(directory, config)
     files: dict[Path, torch.Tensor] = {}
     for copy, name in copies.items():
         pair = [map_tensor(headers[n], files) for n in (copy, name)]
@@ -198,11 +196,14 @@ def fingerprint(directory: str | Path, *more: str) -> bytes:
     return digest.digest()
 
 
-def _check(directory: Path, model: CausalLM, headers: dict[str, TensorInfo]) -> dict[str, str]:
-    """Names, shapes and types against the network's, before any byte is read; which tensors must equal which others.
+def check_tensors(directory: Path, config: ModelConfig) -> tuple[CausalLM, dict[str, TensorInfo], dict[str, str]]:
+    """Names, shapes and types against the network's, before any byte is read: the network on "meta", the tensors' headers, and
+    which tensors must equal which others. Raises CheckpointError.
 
     Copies of embedding and head, under the MTP layer and of a tied head, may be absent."""
-    views, config = model.hf_state_dict(), model.config
+    headers = {n: info for n, info in read_headers(directory).items() if not n.endswith(HARMLESS)}
+    model = build_model(config, device="meta")
+    views = model.hf_state_dict()
     hint = "; the fields of config.json and the tensors do not belong together"
     mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
     head = _EMBED if config.tie_word_embeddings else "lm_head.weight"
@@ -233,7 +234,7 @@ def _check(directory: Path, model: CausalLM, headers: dict[str, TensorInfo]) -> 
         if all(name.startswith(mtp) for name in missing):
             hint = "; num_nextn_predict_layers 0 in config.json would be right for a checkpoint without its MTP layer"
         raise CheckpointError(f"{directory}: tensor {missing[0]} ({len(missing)} in all) is missing from {where}{hint}")
-    return {copy: name for copy, name in copies.items() if copy in headers}
+    return model, headers, {copy: name for copy, name in copies.items() if copy in headers}
 
 
 def read_fp8(headers: dict[str, TensorInfo], name: str) -> torch.Tensor:

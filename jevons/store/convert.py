@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from jevons.config import ConfigError, ModelConfig
 from jevons.numerics.fp8 import BLOCK, quantise_blocks
-from jevons.store.checkpoint import PROVENANCE, QUANTISATION, SCALE, keeps_float32, read_provenance
+from jevons.store.checkpoint import PROVENANCE, QUANTISATION, SCALE, check_tensors, keeps_float32, read_provenance
 from jevons.store.files import StoreError, fsync, temporary, write_json
 from jevons.store.safetensors_io import INDEX, shards
 from jevons.store.stream import ConvertError, Progress, Source, in_fp8
@@ -57,6 +58,9 @@ def convert(checkpoint: str | Path, to: str, out: str | Path | None = None, gguf
     gguf_type = gguf_type or "f16"
     checkpoint = Path(checkpoint)
     source = Source(checkpoint)
+    if to != "gguf":  # which has a check of its own: it leaves the MTP layer out
+        with suppress(ConfigError):  # a network that is not run here is converted by its tensors' names alone
+            check_tensors(checkpoint, ModelConfig.load(checkpoint))
     if to == source.precision:
         kind = {"hf": "float32"}.get(to, to)
         raise ConvertError(f"{checkpoint} is {kind} already; --to {', '.join(f for f in FORMATS if f != to)} would change it")

@@ -94,9 +94,10 @@ class Beside:
 
         self.host.set_engine(None)
         self.tokenizer = tokenizer
+        options = dict(prefix_cache=final, speculate=None if final else 0, pace=0.0 if final else None) | options
         self.host.set_engine(Engine(model, tokenizer.eos_id, max_batch=max_batch, max_waiting=4 * max_batch,
                                     max_len=context_that_fits(model.config, max_batch, model), tokenizer=tokenizer,
-                                    **dict(prefix_cache=final, speculate=None if final else 0, patient=final) | options), name)
+                                    **options), name)
 
     def run_forever(self, stop: StopSignal) -> None:
         """Serve until Ctrl-C."""

@@ -98,9 +98,10 @@ def describe(checkpoint: Path | None) -> dict[str, Any]:
         return Runtime.detect().describe() | _describe_speed()
     from jevons.config import ModelConfig
     from jevons.plan import count_parameters, kv_bytes_per_token
-    from jevons.store.checkpoint import read_provenance
+    from jevons.store.checkpoint import check_tensors, read_provenance
 
     config = ModelConfig.load(checkpoint)
+    check_tensors(checkpoint, config)
     counts = asdict(count_parameters(config))
     total = counts["total"] + counts["router_biases"]
     values: dict[str, Any] = {"architecture": config.architecture, "layers": config.num_hidden_layers,

@@ -102,16 +102,16 @@ class States:
 
         self._writer.submit(write)
 
-    def _newest(self) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+    def _newest(self, step: int | None = None) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
         directory = self._loop.settings.directory
         if any(directory.glob("train_state/dcp-*")):  # many processes left it
             from jevons.train.parallel.dcp import load_any
 
-            return load_any(directory)
-        return load_latest(directory)
+            return load_any(directory, step)
+        return load_latest(directory) if step is None else load_step(directory, step)
 
     def _load(self, step: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
-        return load_step(self._loop.settings.directory, step)
+        return self._newest(step)
 
     def _drop_after(self, step: int) -> None:
         drop_after(self._loop.settings.directory, step)

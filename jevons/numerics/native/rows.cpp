@@ -97,7 +97,7 @@ struct RowFp8 : RowF32 {
 #endif
 
 static const int64_t AHEAD = 1 << 14;  // bytes: what is asked for arrives before it is needed
-static const int64_t SOON = 1 << 10;   // of one stream: over the ends of pages and panels, where the processor stops by itself
+static const int64_t SOON = 1 << 12;   // of one stream: over the ends of pages and panels, where the processor stops by itself
 
 // R rows from `row` on times M rows of inputs: out[m * PANEL + r]. One row at a time is read in one stream, which the processor
 // fetches ahead by itself; R streams it does not, so the next R rows are asked for while these are multiplied.

@@ -124,6 +124,7 @@ class Parallel:
 
     def gather(self, model: CausalLM) -> CausalLM | None:
         """The whole model on the leader's CPU, tensor by tensor; None elsewhere."""
+        self.world.meet()  # the leader may have written a checkpoint meanwhile
         own = dict(model.named_parameters())
         names: list[Any] = [None] * self.world.size
         dist.all_gather_object(names, sorted(own), group=self.world.talk)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jevons.model import CausalLM
 from jevons.store.files import CheckpointError, StoreError, fsync, write_text
-from jevons.store.train_state import load_latest
+from jevons.store.train_state import load_latest, load_step
 
 if TYPE_CHECKING:
     from jevons.train.parallel.mesh import World
@@ -142,7 +142,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 def read(path: Path, template: Template, group: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor]:
     """The tensors that `template` has a place for, each laid out as that place."""
     if path.name.startswith("step-"):
-        _, tensors, _ = load_latest(path.parent.parent)
+        _, tensors, _ = load_step(path.parent.parent, number(path))
         places = {name: template(name, t.shape, t.dtype) for name, t in tensors.items()}
         return {name: distribute_tensor(tensors[name], place.device_mesh, place.placements, src_data_rank=None)
                 if isinstance(place, DTensor) else tensors[name] for name, place in places.items() if place is not None}
@@ -168,7 +168,7 @@ def templates(model: CausalLM, others: dict[str, torch.Tensor]) -> Template:
     def template(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
         kind, _, rest = name.partition(".")
         if kind == "objective":
-            return torch.empty_like(others[name], dtype=dtype) if name in others else torch.empty(shape, dtype=dtype)
+            return torch.empty_like(others[name], dtype=dtype) if name in others else None
         path = rest if kind == "model" else rest.partition(".")[2].rpartition(".")[0]
         like = parameters.get(path)
         if like is None:  # another stage's
@@ -178,11 +178,11 @@ def templates(model: CausalLM, others: dict[str, torch.Tensor]) -> Template:
     return template
 
 
-def load_any(stage_dir: Path) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """For one process: (step, whole tensors, meta) of the newest state that any layout left."""
-    path = newest(stage_dir)
+def load_any(stage_dir: Path, step: int | None = None) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """For one process: (step, whole tensors, meta) of the newest state that any layout left (or that of `step`)."""
+    path = newest(stage_dir, step)
     if path is None or path.name.startswith("step-"):
-        return load_latest(stage_dir)
+        return load_latest(stage_dir) if step is None else load_step(stage_dir, step)
     record = read_meta(path)
     return record["step"], read(path, whole), record["meta"]
 
