@@ -25,7 +25,7 @@ from jevons.store.checkpoint import load_checkpoint
 
 NEVER = -1  # an eos that no model produces: answers have the length that was asked for
 SLOTS = 64
-PACE = 2.5  # of `load`, so that the slowest of a hundred steps is within 3 lone ones
+PACE = 2.8  # lone steps that one of `load` may take
 PREFIX_REQUESTS, PREFIX_SHARE = 32, 0.9
 
 
