@@ -24,6 +24,7 @@ class Speculation:
         self._tokens: dict[tuple[int, int], float] = {}  # mean tokens of a pass per sequence
         self._rates: dict[tuple[int, int], float] = {}  # tokens a second, from TRIES passes on
         self._passes = 0
+        self._without = 0  # passes since a plain one was found to be the best
         self._off = False  # drafting did not pay when it was last used
         self._refused = 0
 
@@ -61,8 +62,9 @@ class Speculation:
         turn = self._passes % AGAIN
         if turn < 2 * TRIES:
             return min(max(best + (1 if turn < TRIES else -1), 0), len(rates) - 1)
-        self._off = best == 0
-        return best or None
+        self._without = 0 if best else self._without + 1
+        self._off = self._without > TRIES  # until then plain passes are clocked anew: the machine may have slowed down since
+        return None if self._off else best
 
     def record(self, batch: int, drafts: int, seconds: float, tokens: float) -> None:
         """A pass over `batch` sequences with `drafts` each took `seconds`, the drafting for the next one included, and gave
