@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ import torch
 from jevons import __version__
 from jevons.bench.sides import BATCHED
 from jevons.bench.workload import Answer, BenchError, Job, Stepper, median, random_prompt, run_all, shorter
+from jevons.engine.drafts import Drafts
 from jevons.engine.engine import Engine
+from jevons.engine.rows import Rows
+from jevons.engine.scheduler import Sequence
+from jevons.engine.speculation import Speculation
 from jevons.engine.types import Request, SamplingParams
-from jevons.model import KVCache, build_meta
+from jevons.model import KVCache
 from jevons.model.pack import pack
 from jevons.numerics.kernels import read_rate
 from jevons.plan import kv_bytes_per_token
@@ -69,13 +73,13 @@ class Jevons:
                 "cache_bytes_per_token": engine.cache.nbytes / cells,
                 "planned_cache_bytes_per_token": kv_bytes_per_token(self.model.config, engine.cache.data.itemsize)}
 
-    def options(self, what: str, jobs: Sequence[Job]) -> dict[str, list[Any]]:
+    def options(self, what: str, jobs: Seq[Job]) -> dict[str, list[Any]]:
         """Its own defaults, but whether drafts pay for a whole batch."""
         if what == "load":
             return {"pace": [PACE]}
         return {"speculate": [0, None]} if what == "offline" and self.model.mtp else {}
 
-    def engine(self, jobs: Sequence[Job], batch: int, eos: int = NEVER, **features: Any) -> Engine:
+    def engine(self, jobs: Seq[Job], batch: int, eos: int = NEVER, **features: Any) -> Engine:
         """One that holds these jobs; the one before is given up. Without a prefix cache: repetitions would find it full."""
         longest = max(len(job.prompt) + job.tokens for job in jobs)
         wanted = dict(max_batch=batch, max_len=longest + 1, max_waiting=10**6) | features
@@ -86,11 +90,11 @@ class Jevons:
             self._engine = ((eos, wanted), Engine(self.model, eos, **wanted))
         return self._engine[1]
 
-    def stepper(self, jobs: Sequence[Job], settings: dict[str, Any], what: str = "load") -> Stepper:
+    def stepper(self, jobs: Seq[Job], settings: dict[str, Any], what: str = "load") -> Stepper:
         features = dict(speculate=None) | settings if what == "load" else settings  # under load as the server runs it
         return EngineStepper(self.engine(jobs, SLOTS if what in BATCHED else 1, **features))
 
-    def run(self, what: str, jobs: Sequence[Job], settings: dict[str, Any]) -> list[Answer]:
+    def run(self, what: str, jobs: Seq[Job], settings: dict[str, Any]) -> list[Answer]:
         return run_all(self.stepper(jobs, settings, what), jobs)
 
     def machine(self) -> dict[str, Any]:
@@ -185,37 +189,34 @@ class Jevons:
 
     @torch.inference_mode()
     def pass_cost(self, drafts: int, context: int, rounds: int = 100) -> float:
-        """What verifying `drafts` tokens and drafting as many anew costs over a plain pass, by the network's calls alone: what
-        the engine spends around them is not in it, so a perfect engine reaches tokens per pass / this."""
+        """What verifying `drafts` tokens and drafting as many anew costs over a plain pass, by the calls an engine makes for
+        them: what it spends around these is not in it, so a perfect engine reaches tokens per pass / this."""
         model, page, most = self.model, 32, self.model.config.max_position_embeddings
         if context + 2 * drafts > most:
             raise BenchError(f"{context} tokens and {drafts} drafts are over the context of {most}")
         pages = -(-(context + 2 * drafts + 2) // page)
-        table = torch.arange(pages).view(1, -1)
         trunk = KVCache(model.config, pages, page)
-        side = KVCache(model.config, pages, page, layers=len(model.mtp))
-        ids = torch.randint(3, model.config.vocab_size, (context + drafts + 1,))
-        meta = build_meta(table, [0], [context], page)
-        model(ids[:context], meta.positions_N, trunk, meta)
+        ids = torch.randint(3, model.config.vocab_size, (context + drafts + 2,)).tolist()
+        sequence = Sequence(Request(ids[:1]), 2 * most, 0, ids, pages=list(range(pages)), row=0)
+        rows = Rows(1, pages, torch.device("cpu"))
+        rows.set(sequence)
+        rows.temperature.zero_()
+        module = Drafts(model, rows, Speculation(drafts), KVCache(model.config, pages, page, layers=len(model.mtp)))
+        module.admit(sequence)
+        rows.step(model, trunk, 0, ids[:context], [context], [0])
 
-        def one_pass(new: int, again: int) -> float:
+        def one_pass(new: int, again: bool) -> float:
             begin = time.perf_counter()
-            meta = build_meta(table, [context], [new], page)
-            hidden = model(ids[context : context + new], meta.positions_N, trunk, meta)
-            token = model.logits(hidden).argmax(-1)
-            for k in range(again):
-                # the first draft also reads what the verified tokens left; later ones follow one by one
-                first = k == 0
-                meta = build_meta(table, [context if first else context + new + k - 1], [new if first else 1], page)
-                hidden = model.forward_mtp(hidden if first else hidden[-1:], token, meta.positions_N, side, meta)
-                token = model.logits(hidden[-1:]).argmax(-1)
+            hidden, *_ = rows.step(model, trunk, 0, ids[context : context + new], [new], [context])
+            if again:
+                module.make(hidden, [(sequence, context, new, new - 1)], 1)
             return time.perf_counter() - begin
 
         threads, alone = torch.get_num_threads(), getattr(self._engine[1], "_alone", False)
         if alone:
             torch.set_num_threads(1)
         try:
-            times = [(one_pass(1, 0), one_pass(drafts + 1, drafts)) for _ in range(rounds)][rounds // 4 :]
+            times = [(one_pass(1, False), one_pass(drafts + 1, True)) for _ in range(rounds)][rounds // 4 :]
         finally:
             torch.set_num_threads(threads)
         return median([b for _, b in times]) / median([a for a, _ in times])

@@ -16,9 +16,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 
 from jevons.engine.disk import DiskTier
@@ -263,7 +263,7 @@ class Engine:
         given = [[s.tokens[-1], *own] for s, own in zip(running, drafts, strict=True)]
         given += [s.tokens[s.computed : s.computed + more] for s, more in chunks]
         sequences = [*running, *(s for s, _ in chunks)]
-        starts, ends, stride = [s.computed for s in sequences], np.cumsum([len(own) for own in given]).tolist(), 0
+        starts, ends, stride = [s.computed for s in sequences], list(accumulate(map(len, given))), 0
         if chunks:
             hidden = self.passes.read(sequences, given)
             fresh = [(s, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True) if self._read_on(s, more)]

@@ -8,10 +8,11 @@ is said (see `Engine`), only how fast.
 
 from __future__ import annotations
 
-TRIES = 8  # passes before a number of drafts is judged
+from collections import deque
+
+TRIES = 8  # passes before a number of drafts is judged, by the last so many
 AGAIN = 200  # passes after which a neighbour of the best is tried again
 EVERY = 8  # where drafting does not pay, one new sequence in so many tries it again
-DECAY = 0.1
 
 
 class Speculation:
@@ -19,9 +20,11 @@ class Speculation:
 
     def __init__(self, fixed: int | None = None, most: int = 3, largest_batch: int = 16):
         self.fixed, self.most, self.largest_batch = fixed, most, largest_batch
-        self._seconds: dict[tuple[int, int], list[float]] = {}  # (batch bucket, k) -> [mean seconds of a pass, passes]
+        self._seconds: dict[tuple[int, int], deque[float]] = {}  # (batch bucket, k) -> of the last passes
         self._tokens: dict[tuple[int, int], float] = {}  # mean tokens of a pass per sequence
+        self._rates: dict[tuple[int, int], float] = {}  # tokens a second, from TRIES passes on
         self._passes = 0
+        self._without = 0  # passes since a plain one was found to be the best
         self._off = False  # drafting did not pay when it was last used
         self._refused = 0
 
@@ -49,26 +52,28 @@ class Speculation:
             return None
         bucket, rates = batch.bit_length(), []
         for k in range(self.most + 1):
-            seconds, passes = self._seconds.get((bucket, k), (0.0, 0))
-            if passes < TRIES:
+            rate = self._rates.get((bucket, k))
+            if rate is None:
                 if k < 2 or rates[-1] > rates[0]:  # more drafts are tried only where one fewer was better than none
                     return k
                 break
-            rates.append(self._tokens[bucket, k] / seconds)
+            rates.append(rate)
         best = max(range(len(rates)), key=rates.__getitem__)
         turn = self._passes % AGAIN
         if turn < 2 * TRIES:
             return min(max(best + (1 if turn < TRIES else -1), 0), len(rates) - 1)
-        self._off = best == 0
-        return best or None
+        self._without = 0 if best else self._without + 1
+        self._off = self._without > TRIES  # until then plain passes are clocked anew: the machine may have slowed down since
+        return None if self._off else best
 
     def record(self, batch: int, drafts: int, seconds: float, tokens: float) -> None:
         """A pass over `batch` sequences with `drafts` each took `seconds`, the drafting for the next one included, and gave
         `tokens` per sequence."""
         self._passes += 1
         key = batch.bit_length(), drafts
-        mean, passes = self._seconds.get(key, (seconds, 0))
-        share = max(DECAY, 1 / (passes + 1))
-        # a pass that was disturbed says little: it counts no more than twice the mean
-        self._seconds[key] = [mean + share * (min(seconds, 2 * mean) - mean), passes + 1]
-        self._tokens[key] = self._tokens.get(key, tokens) + share * (tokens - self._tokens.get(key, tokens))
+        kept = self._seconds.setdefault(key, deque(maxlen=TRIES))
+        kept.append(seconds)
+        before = self._tokens.get(key, tokens)
+        self._tokens[key] = before + (tokens - before) / len(kept)
+        if len(kept) == TRIES:  # by the lower quartile: passes that were disturbed say nothing
+            self._rates[key] = self._tokens[key] / sorted(kept)[TRIES // 4]

@@ -25,7 +25,7 @@ from jevons.model.moe import ExpertBank, MoE
 from jevons.numerics import Rows, kernels
 from jevons.numerics.kernels import KINDS, ExpertTable
 from jevons.numerics.native import CChoice, CExpert, CRouted, CWeight, library
-from jevons.numerics.paged import Batch, Heads
+from jevons.numerics.paged import Heads
 
 MOST_ROWS = {torch.float32: 256, torch.bfloat16: 256}  # rows up to which one native call beats torch's products
 
@@ -57,8 +57,7 @@ class CCall(ctypes.Structure):
     """`Call` of pass.cpp."""
 
     _fields_ = [*[(name, c_void_p) for name in ("tokens", "positions", "embedding", "x", "out", "rope", "cache")],
-                ("batch", POINTER(Batch)),
-                *[(name, c_int64) for name in ("n", "dim", "vocabulary", "length", "cache_stride", "pages")],
+                ("batch", c_void_p), *[(name, c_int64) for name in ("n", "dim", "vocabulary", "length", "cache_stride", "pages")],
                 ("bf16", c_int32), ("cell_bf16", c_int32), ("last", CNorm)]
 
 
@@ -79,7 +78,7 @@ class CStep(ctypes.Structure):
     """`Step` of pass.cpp."""
 
     _fields_ = [("sequences", c_int64), ("page_size", c_int64), *[(name, c_void_p) for name in ("contexts", "counts", "rows")],
-                ("all", POINTER(CRows)), ("head", CProjection), *[(name, c_void_p) for name in ("logits", "drawn", "logprobs")]]
+                ("all", c_void_p), ("head", CProjection), *[(name, c_void_p) for name in ("logits", "drawn", "logprobs")]]
 
 
 class CDraft(ctypes.Structure):
@@ -128,7 +127,8 @@ class NativePass:
         out, positions = torch.empty(len(positions_N), like.shape[1], dtype=like.dtype), positions_N.contiguous()
         tokens = None if tokens_N is None else tokens_N.contiguous()
         call = self._call(None if tokens is None else tokens.data_ptr(), len(positions), out.data_ptr(), rope, cache, first)
-        call.positions, call.x, call.batch = positions.data_ptr(), None if x is None else x.data_ptr(), ctypes.pointer(meta.batch)
+        call.positions, call.batch = positions.data_ptr(), ctypes.addressof(meta.batch)
+        call.x = None if x is None else x.data_ptr()
         _check(library().jevons_pass(self.array, len(self.array), ctypes.byref(call)), meta.sequences)
         return out
 
@@ -144,7 +144,7 @@ class NativePass:
         array, (flat, *where) = _integers(tokens, contexts, counts, rows)
         drawn, logprobs = (c_int64 * n)(), (c_float * n)()
         call = self._call(flat, n, out.data_ptr(), rope, cache, 0)
-        step = CStep(len(counts), cache.page_size, *where, ctypes.pointer(params), self.head, logits.data_ptr(),
+        step = CStep(len(counts), cache.page_size, *where, ctypes.addressof(params), self.head, logits.data_ptr(),
                      ctypes.addressof(drawn), ctypes.addressof(logprobs))
         step.kept = array
         outcome = library().jevons_step(self.array, len(self.array), ctypes.byref(call), ctypes.byref(step))
@@ -163,7 +163,7 @@ class NativePass:
         array, (flat, *where, last_at, wanted_at) = _integers(tokens, contexts, counts, rows, last, wanted)
         drafts = (c_int64 * (len(counts) * most))()
         call = self._call(flat, 0, None, rope, cache, 0)
-        step = CStep(len(counts), cache.page_size, *where, ctypes.pointer(params), self.head)
+        step = CStep(len(counts), cache.page_size, *where, ctypes.addressof(params), self.head)
         step.kept = array
         draft = CDraft(hidden.data_ptr(), last_at, wanted_at, most, ctypes.addressof(drafts))
         outcome = library().jevons_draft(self.array, *map(ctypes.byref, (self.way, call, step, draft)))
