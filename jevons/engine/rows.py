@@ -21,6 +21,7 @@ class Rows:
         self.table = torch.zeros(count, pages, dtype=torch.long, device=device)
         self.length = torch.zeros(count, dtype=torch.long)  # tokens in the cache
         self.last = torch.zeros(count, dtype=torch.long)  # the token that comes next into it
+        self._length, self._last = self.length.numpy(), self.last.numpy()  # the same memory; a step's small calls cost less
         self.temperature = torch.ones(count)
         self.top_p = torch.ones(count)
         self.seed = np.zeros(count, dtype=np.uint64)
@@ -63,6 +64,14 @@ class Rows:
         heat, top_p, noise = torch.stack([t.double() for t in (temperature, top_p, noise)]).to(logits.device)
         tokens, logprobs = sample(logits, heat.float(), top_p.float(), noise, narrow)
         return tokens.cpu(), logprobs.cpu()
+
+    def advance(self, model: CausalLM, cache: KVCache, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
+        """`step` of one token for each of the rows, which are moved on: logits, tokens and log-probs."""
+        length, last = self._length[first:end], self._last[first:end]
+        _, *done = self.step(model, cache, first, last.tolist(), [1] * len(last), length.tolist())
+        length += 1
+        last[:] = done[1]
+        return done
 
     def step(self, model: CausalLM, cache: KVCache, first: int, tokens: list[int], counts: list[int], contexts: list[int],
              ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
