@@ -122,13 +122,15 @@ def serve(checkpoint: CheckpointArgument, port: PortOption = 8000, host: HostOpt
           disk_gib: Annotated[float, typer.Option("--disk-gib", min=0.001, help="at most so much of it")] = 4.0,
           deterministic: Annotated[bool, typer.Option(
               "--deterministic", help="the same text to the bit in any company; slower, no prefix cache, no drafts")] = False,
+          pace: Annotated[float, typer.Option(
+              "--pace", min=0, help="no token waits longer than so many lone steps; further requests wait (0: all run)")] = 0.0,
           device: DeviceOption = "cpu", gpu_experts: GpuExpertsOption = None) -> None:
     """An OpenAI/DeepSeek-compatible HTTP API and a chat page."""
     from jevons.terminal.checkpoint import serve_checkpoint
 
     serve_checkpoint(checkpoint, host, port, max_batch, max_waiting, dollars_per_hour, allow_host or [], api_key,
                      max_thinking_tokens, closing_words, weights, speculate, disk_cache, disk_gib, deterministic,
-                     device, gpu_experts)
+                     pace, device, gpu_experts)
 
 
 @app.command()
@@ -230,12 +232,12 @@ def convert(checkpoint: CheckpointArgument,
 @app.command()
 def bench(model: Annotated[str, typer.Argument(help="checkpoint directory, or a random model: small, M, L")] = "small",
           what: Annotated[str, typer.Option(
-              "--what", help="comma-separated: offline, single, prefill, ttft, load, prefix, speculation")] = "",
+              "--what", help="comma-separated: offline, single, prefill, ttft, load, prefix, speculation, deterministic")] = "",
           peers: Annotated[str, typer.Option("--peers", help="auto, none, transformers, llama.cpp")] = "auto",
           weights: Annotated[str, typer.Option("--weights", help="float32, bf16, int8, fp8, int4")] = "bf16",
           threads: Annotated[int | None, typer.Option("--threads", help="at most, for every side (default: the cores)")] = None,
           repeat: Annotated[int, typer.Option("--repeat", help="times that each side is measured, in turns")] = 3,
-          requests: Annotated[int, typer.Option("--requests", help="of offline and load")] = 64,
+          requests: Annotated[int, typer.Option("--requests", help="of offline, load and deterministic")] = 64,
           prompt_tokens: Annotated[int | None, typer.Option(
               "--prompt-tokens", help="of prefill and prefix (default: 2000, or what the context holds)")] = None,
           tokens: Annotated[int, typer.Option("--tokens", help="that single decodes")] = 128,

@@ -92,12 +92,12 @@ class Result:
     norms: list
     loads: list
     model: torch.nn.Module | None  # these are whole, on the leader
-    averaged: torch.nn.Module | None
+    averaged: torch.nn.Module | None  # these two only where states are saved on the way
     best: torch.nn.Module | None
 
 
 def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matrices="muon", micros=4, save_every=1000, slow=0.0,
-          reads_own=False, **changes):
+          reads_own=False, fp8=None, **changes):
     """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits;
     `reads_own`: the objective hands out this process's micro-batches only."""
     from jevons.train.parallel.layouts import layout
@@ -121,7 +121,7 @@ def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matric
         time.sleep(slow)
 
     settings = LoopSettings("test", directory, OptimizerTable(matrices=matrices, lr=1e-3, warmup_steps=2), save_every,
-                            torch.float32, 1.0, on_step=on_step, parallel=parallel)
+                            torch.float32, 1.0, fp8=fp8, on_step=on_step, parallel=parallel)
     leads = world is None or world.leads
     with (MetricsLog(directory / "metrics.jsonl") if leads else Silent()) as log:
         loop = Loop(model, objective, settings, log)
@@ -132,11 +132,12 @@ def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matric
         def whole():
             return copy.deepcopy(model) if parallel is None else parallel.gather(model)
 
-        with averaged.applied():
-            models = [whole()]
-        models = [whole(), *models]
-        assert loop.states.restore_best() == loop.progress.best_step is not None
-        models.append(whole())
+        models = [whole(), None, None]
+        if save_every < 1000:
+            with averaged.applied():
+                models[1] = whole()
+            assert loop.states.restore_best() == loop.progress.best_step is not None
+            models[2] = whole()
     return Result(*([r.get(key) for r in records] for key in ("loss", "grad_norm", "expert_load")), *models)
 
 
@@ -146,6 +147,8 @@ def difference(a, b):
     for x, y in [*zip(a.losses, b.losses, strict=True), *zip(a.norms, b.norms, strict=True)]:
         worst = max(worst, abs(x - y) / abs(y))
     for model, other in ((a.model, b.model), (a.averaged, b.averaged), (a.best, b.best)):
+        if model is None or other is None:
+            continue
         others = dict(other.named_parameters())
         for name, p in model.named_parameters():
             q = others[name].detach()
@@ -154,14 +157,14 @@ def difference(a, b):
 
 
 def layouts(tables, directory, options):
-    """Every layout in turn, in one group of processes: results on the leader, by name."""
+    """Every layout in turn, in one group of processes: results on the leader, by name. A table's `train` is its own options."""
     from jevons.train.parallel.mesh import World
 
     results = {}
     for name, values in tables.items():
-        table = MeshTable(**values)
+        table = MeshTable(**{key: value for key, value in values.items() if key != "train"})
         world = World.open(table)
-        result = train(Path(directory) / name, table, world, reads_own=name.endswith("own"), **options)
+        result = train(Path(directory) / name, table, world, **options | values.get("train", {}))
         if world.leads:
             results[name] = result
         world.meet()  # the next one's directory may be this one's

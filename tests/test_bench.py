@@ -295,7 +295,11 @@ def test_what_the_worker_answers(tmp_path):
     answering.prepare("load", jobs)
     found = answering.load(jobs, 0.2, seed=1)
     assert found["requests_per_second"] == pytest.approx(0.7 * found["capacity_requests_per_second"])
-    assert 0 < found["inter_token_p50_ms"] <= found["inter_token_p99_ms"] and found["first_token_p50_ms"] > 0
+    free = found["without_pace"]
+    assert free["requests_per_second"] == pytest.approx(0.7 * free["capacity_requests_per_second"]) and "without_pace" not in free
+    for one in (found, free):
+        assert 0 < one["inter_token_p50_ms"] <= one["inter_token_p99_ms"] and one["first_token_p50_ms"] > 0
+        assert one["p99_over_unloaded"] == pytest.approx(one["inter_token_p99_ms"] / one["unloaded_inter_token_ms"])
     with pytest.raises(BenchError, match="no MTP module"):
         answering.speculation(2, 8, 1, 0)
 
@@ -315,6 +319,9 @@ def test_what_only_ours_is_asked_for(tmp_path):
     assert found["tokens_per_pass"] <= 1 + found["acceptance"] + 0.2
     assert found["share_of_ideal"] == pytest.approx(found["speedup"] / found["ideal_speedup"])
     assert found["relative_cost_of_a_pass"] > 1
+    found = side.deterministic(pack_jobs(random_jobs(4, 320, 60, random.randrange(10**6))))
+    assert found["deterministic_same_alone"] == found["requests"] == 4 >= found["ordinary_same_alone"] >= 3
+    assert found["cost"] == found["ordinary_tokens_per_second"] / found["deterministic_tokens_per_second"] > 0
 
 
 def test_a_side_that_refuses_or_dies_says_why(tmp_path):
@@ -336,7 +343,7 @@ def test_a_whole_run(tmp_path):
     """Through the command: table, page and record; transformers beside it where it is here."""
     pytest.importorskip("transformers")
     path = checkpoint(tmp_path / "c", qwen2(vocab_size=320))
-    command = [sys.executable, "-m", "jevons.cli", "bench", path, "--what", "offline,ttft,load,prefix,speculation",
+    command = [sys.executable, "-m", "jevons.cli", "bench", path, "--what", "offline,ttft,load,prefix,speculation,deterministic",
                "--peers", "transformers", "--repeat", "1", "--requests", "4", "--tokens", "9", "--load-seconds", "0.1", "--json",
                "--html", tmp_path / "b.html", "--threads", "1", "--dir", tmp_path / "d"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -376,7 +383,7 @@ def assert_fits(record, width):
         rich.console.Console = console
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width and "…" not in out.getvalue()
-    for what in ("many requests", "first token", "Under load", "Prefix cache", "Speculation"):
+    for what in ("many requests", "first token", "Under load", "no pace", "Prefix cache", "Speculation", "by itself"):
         assert any(what in line for line in lines), what
 
 

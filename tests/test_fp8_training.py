@@ -291,6 +291,26 @@ def test_gradients_against_a_dense_reference_in_float64(cache, grouped):
         assert all(deepgemm_metric(*pair) < 0.002 and pair[0].dtype == torch.float32 for pair in zip(got, want, strict=True))
 
 
+def test_parts_of_an_experts_rows_share_no_tile():
+    """Gradients of weights are the sum of what each part alone gives: so tokens of several processes are what they are in one."""
+    ends = [[20, 50], [50, 90], [170, 170]]
+    x, w, g = spread(170, 200).requires_grad_(), torch.randn(3, 70, 200, requires_grad=True), torch.randn(170, 70)
+    offs = torch.tensor(ends, dtype=torch.int32)
+
+    def wgrad(rows, offs):
+        return torch.autograd.grad(fp8_linear(x[rows], w, None, Fp8(), offs), w, g[rows])[0]
+
+    whole, mixed = wgrad(torch.arange(170), offs), wgrad(torch.arange(170), offs[:, -1])
+    apart = [0, 0]
+    starts = [0, *offs.flatten().tolist()]
+    for part in (0, 1):
+        rows = [torch.arange(starts[2 * e + part], starts[2 * e + part + 1]) for e in range(3)]
+        alone = torch.tensor([len(r) for r in rows]).cumsum(0).to(torch.int32)
+        apart[part] = wgrad(torch.cat(rows), alone)
+    torch.testing.assert_close(whole, apart[0] + apart[1], rtol=1e-5, atol=1e-5 * whole.abs().max().item())
+    assert (mixed - whole)[0].abs().max() > 1e-4 * whole.abs().max()
+
+
 def test_the_three_products_are_what_the_report_says():
     """Each of them exactly the product of its own quantised operands."""
     x, w, g = torch.randn(150, 200, requires_grad=True), torch.randn(70, 200, requires_grad=True), torch.randn(150, 70)

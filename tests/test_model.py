@@ -200,12 +200,12 @@ def test_rows_see_their_own_past_only(name):
 
 @pytest.mark.parametrize("config", [nano(), qwen2()], ids=["v3", "qwen2"])
 def test_short_rows_attend_as_long_ones(config, monkeypatch):
-    """The two attentions behind `causal_attention`, forward and backward, whatever V's width."""
+    """The native pass or `ShortCausalAttention`, and torch's attention for long rows: forward and backward, any width of V."""
     model = lively(config)
     ids = [random_ids(random.randint(2, 20)) for _ in range(3)]
     results = []
-    for limit in (attention.SHORT_ROW, 0):
-        monkeypatch.setattr(attention, "SHORT_ROW", limit)
+    for limit in (attention.heads.SHORT_ROW, 0):
+        monkeypatch.setattr(attention.heads, "SHORT_ROW", limit)
         model.zero_grad()
         hidden = plain_hidden(model, ids)[0].hidden_ND
         (hidden * torch.linspace(-1, 1, hidden.shape[1])).sum().backward()

@@ -196,6 +196,7 @@ def test_packed_documents_are_attention_under_a_block_mask(config):
         return torch.einsum("hqk,khv->qhv", probs, v_NHv.double()).float().flatten(1)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.heads, "usable", lambda *_: False)
         patch.setattr(attention, "attend_segments", masked)
         row = torch.tensor([i for k in batch.order for i in documents[k][0]])
         positions = torch.cat([torch.arange(n) for n in lengths])

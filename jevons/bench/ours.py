@@ -1,4 +1,5 @@
-"""This engine as one of the sides, and what only it is asked for: the gain of its prefix cache and of its speculation."""
+"""This engine as one of the sides, and what only it is asked for: the gain of its prefix cache and of its speculation, and what
+determinism costs."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 from jevons import __version__
 from jevons.bench.sides import BATCHED
-from jevons.bench.workload import Answer, BenchError, Job, Stepper, median, random_prompt, run_all
+from jevons.bench.workload import Answer, BenchError, Job, Stepper, median, random_prompt, run_all, shorter
 from jevons.engine.drafts import Drafts
 from jevons.engine.engine import Engine
 from jevons.engine.rows import Rows
@@ -29,7 +30,7 @@ from jevons.store.checkpoint import load_checkpoint
 
 NEVER = -1  # an eos that no model produces: answers have the length that was asked for
 SLOTS = 64
-PACE = 2.5  # of `load`, so that the slowest of a hundred steps is within 3 lone ones
+PACE = 2.8  # lone steps that one of `load` may take
 PREFIX_REQUESTS, PREFIX_SHARE = 32, 0.9
 
 
@@ -120,6 +121,23 @@ class Jevons:
                 found["cached_share"] = engine.stats()["cached_tokens"] / (PREFIX_REQUESTS * tokens)
         return found | {"gain": found["first_token_without_cache_ms"] / found["first_token_with_cache_ms"],
                         "same_first_tokens": sum(a == b for a, b in zip(*outputs, strict=True))}
+
+    # -- the same text in any company ---------------------------------------------------------------------------------
+
+    def deterministic(self, jobs: list[Any]) -> dict[str, Any]:
+        """What `--deterministic` costs: tokens per second of the same requests at once with and without, and how many of them
+        have the same text when each is alone."""
+        work = [Job(*job) for job in jobs]
+        found: dict[str, Any] = {"requests": len(work)}
+        for name, on in (("ordinary", False), ("deterministic", True)):
+            stepper = EngineStepper(self.engine(work, SLOTS, deterministic=on))
+            run_all(stepper, shorter(work, 8))  # warm
+            together = run_all(stepper, work)
+            alone = [run_all(stepper, [job])[0] for job in work]
+            seconds = max(a.times[-1] for a in together) - together[0].due
+            found[f"{name}_tokens_per_second"] = sum(job.tokens for job in work) / seconds
+            found[f"{name}_same_alone"] = sum(a.tokens == b.tokens for a, b in zip(together, alone, strict=True))
+        return found | {"cost": found["ordinary_tokens_per_second"] / found["deterministic_tokens_per_second"]}
 
     # -- speculation --------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from jevons.plan import count_parameters
 from jevons.runtime import Runtime
 
 COMPARED = ("offline", "single", "prefill", "ttft")  # measures that every side repeats in turns
-MEASURES = (*COMPARED, "load", "prefix", "speculation")
+MEASURES = (*COMPARED, "load", "prefix", "speculation", "deterministic")
 PEERS = SIDES[1:]
 FIGURE = {"offline": "tokens_per_second", "single": "tokens_per_second", "prefill": "prompt_tokens_per_second",
           "ttft": "first_token_ms"}
@@ -76,7 +76,7 @@ def peers_of(text: str) -> tuple[str, ...]:
 def jobs_of(what: str, config: ModelConfig, options: Options) -> list[Job]:
     """What a compared measure asks for. Raises BenchError for a length over the context."""
     vocab, context = config.vocab_size, config.max_position_embeddings
-    if what in ("offline", "load"):
+    if what in ("offline", "load", "deterministic"):
         return random_jobs(options.requests, vocab, context - 1, options.seed)
     if what == "single":
         return [Job(random_prompt(min(SINGLE_PROMPT, context // 4), vocab, options.seed),
@@ -165,6 +165,8 @@ def _measure(what: str, workers: dict[str, Worker], config: ModelConfig, options
         return {"sides": {name: _ask(worker, what, say, under_load) for name, worker in workers.items()}}
     if what == "prefix":
         ask = lambda worker: worker.ask("prefix", tokens=prompt_tokens(config, options), seed=options.seed)
+    elif what == "deterministic":
+        ask = lambda worker: worker.ask(what, jobs=pack_jobs(jobs_of(what, config, options)))
     else:
         room = config.max_position_embeddings // 2
         ask = lambda worker: worker.ask("speculation", prompts=options.prompts, tokens=min(224, room), drafts=options.drafts,

@@ -184,12 +184,17 @@ class Engine:
                 cache.copy_page(source, page)
 
         restore, most = self._restore if self.disk is not None else None, self.pace.rows() if self.pace else None
+        alone = len(self.scheduler.running) + len(self.scheduler.prefilling) == 0
         for sequence in self.scheduler.admit(lambda s: self.scheduler.adopt_prefix(s, copy, restore), most):
             if not sequence.preempted:
                 self._counts["prompt_tokens"] += len(sequence.request.prompt_ids)
                 self._counts["cached_tokens"] += sequence.cached_tokens
             if self.drafts is not None:
-                self.drafts.admit(sequence)
+                # whether drafts pay again is not tried out at the cost of others' pace
+                if alone or not most or self.drafts.speculation.paying:
+                    self.drafts.admit(sequence)
+                else:
+                    self.drafts.pop(sequence, None)
 
     def _advance(self) -> tuple[list[TokenEvent], int, int]:
         """A token or more for all that run, and a chunk of the prompts, in one pass where that may be: (events, rows that

@@ -1,7 +1,8 @@
 """How many rows a step may have so that streams keep their pace: measured, not assumed. No torch here.
 
 A step is taken to cost `fixed + row * (rows that decode) + prompt * (tokens of prompts)`. Every step corrects the three by what
-it took, so that they are right about where the engine works now; they need not be right anywhere else.
+it took, so that they are right about where the engine works now; they need not be right anywhere else. How far steps stray from
+that is learned too: a limit is one for 99 steps of 100.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ LEAST_CHUNK = 4  # tokens of prompts that ride in any case, so that every prompt
 LONE = 64  # steps of one row whose median is the lone step
 TRIES = 8  # of them before it is believed
 SHARE = 0.2  # of a step's surprise that is learned
+RARE = 0.01  # steps that may be over the limit
+STRAY = 0.1  # by how much one of them widens the margin
+FORGET = 2e-4  # of a cost, at every step that says nothing about it
 
 
 class Pace:
@@ -27,6 +31,7 @@ class Pace:
         self.limit, self.clock = limit, clock
         self._lone: deque[float] = deque(maxlen=LONE)  # seconds a token
         self._costs = [0.0, 0.0, 0.0]  # fixed, row, prompt
+        self._margin = 1.2  # over its cost, what a step but one in a hundred takes at most
         self._steps = self._rows = 0  # steps seen, and the most rows of one
         self._chunk = 0.0  # about the longest chunk of late
 
@@ -49,11 +54,16 @@ class Pace:
         surprise = seconds - self.cost(rows, prompt)
         if prompt and not self._chunk:
             self._costs[2] = max(0.0, surprise) / prompt
-        elif self._steps >= TRIES:  # what was disturbed says little
-            surprise = min(surprise, self.cost(rows, prompt))
+        elif self._steps >= TRIES:
+            over = seconds > self._margin * self.cost(rows, prompt)
+            self._margin = max(1.0, self._margin + STRAY * (over - RARE))
+            surprise = min(surprise, self.cost(rows, prompt))  # what was disturbed says little
         sizes = (1, rows, prompt)
         gain = SHARE * surprise / sum(size * size for size in sizes)
-        self._costs = [max(0.0, cost + gain * size) for cost, size in zip(self._costs, sizes, strict=True)]
+        fixed, row, each = (max(0.0, cost + gain * size) for cost, size in zip(self._costs, sizes, strict=True))
+        # what one step in a row did not show is tried again some time: a lone row's cost may be fixed, a prompt's may be less
+        shift, fade = (FORGET * row if rows == 1 else 0.0), (0.0 if prompt else FORGET)
+        self._costs = [fixed + shift, row - shift, each * (1 - fade)]
         self._steps, self._rows, self._chunk = self._steps + 1, max(self._rows, rows), max(prompt, 0.9 * self._chunk)
 
     def rows(self) -> int | None:
@@ -63,8 +73,10 @@ class Pace:
             return None
         if (lone := self.lone) is None:
             return 1  # so that it is found out
+        if self._rows < 2:
+            return 2  # what a row costs is seen when there are two
         fixed, row, each = self._costs
-        room = self.limit * lone - fixed - max(row, LEAST_CHUNK * each)
+        room = self.limit * lone / self._margin - fixed - max(row, LEAST_CHUNK * each)
         return max(1, min(self._rows, int(room / row) if row else self._rows) + 1)
 
     def chunk(self, rows: int) -> int:
@@ -72,5 +84,5 @@ class Pace:
         if not self._chunk or not self._costs[2]:
             return max(LEAST_CHUNK, int(2 * self._chunk))
         alone = self.cost(rows)
-        most = self.limit * (self.lone or alone) if self.limit else 2 * alone
+        most = self.limit * (self.lone or alone) / self._margin if self.limit else 2 * alone
         return max(LEAST_CHUNK, int(min((most - alone) / self._costs[2], 2 * self._chunk)))

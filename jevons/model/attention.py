@@ -14,15 +14,15 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import kernels, paged, triton_mla
+from jevons.numerics import heads, kernels, paged, triton_mla
+from jevons.numerics.heads import Segments
+from jevons.numerics.native import CWidths
 from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
-SHORT_ROW = 400  # CPU rows up to this length use ShortCausalAttention
 MOST_SCORES = 2**24  # what `attend_gathered` holds at a time (64 MiB in float32)
 MOST_EXPANDED = 2**24  # elements of per-head keys and values that a prompt holds at a time
 EXPAND = 2**22  # multiplications saved under which expanding is not worth its calls: under 0.1 ms
-Segments = list[tuple[int, int]]  # (rows, length): flat tokens are rows_0 * length_0 tokens, then rows_1 * length_1, ...
 
 
 class ShortCausalAttention(torch.autograd.Function):
@@ -50,7 +50,7 @@ class ShortCausalAttention(torch.autograd.Function):
 def causal_attention(q_BHLd, k_BHLd, v_BHLv, scale: float) -> torch.Tensor:
     """[B, H, L, v]: torch's own attention, or the batched matmuls where those are faster."""
     length, width, v_width = q_BHLd.shape[2], q_BHLd.shape[3], v_BHLv.shape[3]
-    if q_BHLd.device.type == "cpu" and length <= SHORT_ROW:
+    if q_BHLd.device.type == "cpu" and length <= heads.SHORT_ROW:
         bias = q_BHLd.new_full((length, length), float("-inf")).triu_(1)
         q, k, v = (t.flatten(0, 1) for t in (q_BHLd, k_BHLd, v_BHLv))
         return ShortCausalAttention.apply(q, k, v, bias, scale).unflatten(0, q_BHLd.shape[:2])
@@ -131,19 +131,19 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, INNER_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
+        self.widths = CWidths(self.heads, self.nope, self.rope, self.v)
         self.paged = paged.latent_heads(self.heads, c.kv_lora_rank, self.rope, self.scale, INNER_EPS)
 
     def _project(self, x_ND):
-        """Queries' two parts [N, H, nope] and [N, H, R], latent and shared key, as the projections give them."""
+        """Queries [N, H * (nope + R)], latent and shared key, as the projections give them."""
         q, latent_NC, k_rope_NR = self.qkv_a_proj(x_ND).split(self.split, dim=-1)
         if self.config.q_lora_rank:
             q = self.q_b_proj(self.q_a_layernorm(q))
-        q_nope, q_rope = q.view(-1, self.heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
-        return q_nope, q_rope, latent_NC, k_rope_NR
+        return q, latent_NC, k_rope_NR
 
-    def _queries_and_latent(self, x_ND, rope_NR):
-        q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
-        return q_nope, rotate_interleaved(q_rope, rope_NR), self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
+    def _parts(self, q_NA):
+        """Queries' two parts, [N, H, nope] and [N, H, R]."""
+        return q_NA.view(-1, self.heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
 
     def _kv(self, dtype: torch.dtype) -> torch.Tensor:
         """W_k and W_v of every head, [H, nope + v, C]. A dense parameter is only viewed, for training moves it; a packed weight
@@ -152,11 +152,17 @@ class MLA(nn.Module):
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
-        return self.o_proj(self._attend_per_head(*self._queries_and_latent(x_ND, rope_NR), segments))
+        q_NA, latent_NC, k_rope_NR = self._project(x_ND)
+        kv_NB = self.kv_b_proj(self.kv_a_layernorm(latent_NC))
+        if heads.usable(q_NA, kv_NB, k_rope_NR, segments):
+            return self.o_proj(heads.causal(q_NA, kv_NB, k_rope_NR, rope_NR, self.widths, segments, self.scale))
+        q_nope, q_rope = self._parts(q_NA)
+        rotated = rotate_interleaved(q_rope, rope_NR), rotate_interleaved(k_rope_NR, rope_NR)
+        return self.o_proj(self._attend_per_head(q_nope, rotated[0], kv_NB, rotated[1], segments))
 
-    def _attend_per_head(self, q_nope, q_rope, latent_NC, k_rope_NR, segments: Segments) -> torch.Tensor:
+    def _attend_per_head(self, q_nope, q_rope, kv_NB, k_rope_NR, segments: Segments) -> torch.Tensor:
         """[N, H * v] over keys and values per head of these tokens alone."""
-        k_nope, v = self.kv_b_proj(latent_NC).view(-1, self.heads, self.nope + self.v).split([self.nope, self.v], dim=-1)
+        k_nope, v = kv_NB.view(-1, self.heads, self.nope + self.v).split([self.nope, self.v], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope_NR[:, None].expand(-1, self.heads, -1).to(k_nope.dtype)], dim=-1)
         return attend_segments(q, k, v, segments, self.scale)
@@ -164,7 +170,8 @@ class MLA(nn.Module):
     def cached(self, x_ND, rope_NR, layer: int, cache: KVCache, meta: BatchMeta) -> torch.Tensor:
         """Absorbed: q' = q_nope W_k; score = q'.c + q_rope.k_rope; out = (p c) W_v. This is MQA of width C + R. Natively,
         long prompts take per-head keys and values instead, made from the cached latents."""
-        q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
+        q_NA, latent_NC, k_rope_NR = self._project(x_ND)
+        q_nope, q_rope = self._parts(q_NA)
         native = not meta.static and paged.available(q_nope, cache.data)
         if native:
             data = cache.layers[layer]
@@ -176,7 +183,7 @@ class MLA(nn.Module):
             q_rope = rotate_interleaved(q_rope, rope_NR)
             cache.write(layer, meta.cells_N, torch.cat([latent_NC, k_rope_NR], dim=-1))
             if meta.fresh and triton_mla.available(x_ND):
-                return self.o_proj(self._attend_per_head(q_nope, q_rope, latent_NC, k_rope_NR, meta.fresh))
+                return self.o_proj(self._attend_per_head(q_nope, q_rope, self.kv_b_proj(latent_NC), k_rope_NR, meta.fresh))
         w_k, w_v = self._kv(q_nope.dtype).split([self.nope, self.v], dim=1)
         q_latent_HNC = kernels.heads(q_nope, w_k, across=True)
         if native:

@@ -32,6 +32,7 @@ class Routing:
     rows_E: torch.Tensor  # tokens per expert, int64
     load_E: torch.Tensor  # the same without padding, float32
     balance_loss: torch.Tensor  # sequence-wise, before alpha
+    rows_ES: torch.Tensor | None = None  # `rows_E` by where they come from, in their order: rows of two share no FP8 tile
 
 
 class Gate(nn.Module):
@@ -166,6 +167,9 @@ class ExpertBank(nn.Module):
         cell_NK = cell_M.view(n, k)
         x_MD = fused.dispatch(x_ND, cell_NK, size, fused.autocast_dtype(x_ND))
         offs_E = ends_E.to(torch.int32)
+        if routing.rows_ES is not None and training(self.fp8_up):
+            offs_E = (starts_E[:, None] + routing.rows_ES.cumsum(1)).to(torch.int32)
+            offs_E[:, -1] = ends_E
         gate_up = grouped_linear(x_MD, self.gate_up_proj, offs_E, self.fp8_up)
         y_MD = swiglu_linear(gate_up, self.down_proj, offs_E, self.fp8_down)
         return fused.combine(y_MD, cell_NK, routing.weights_NK)

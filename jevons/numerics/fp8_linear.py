@@ -43,8 +43,9 @@ def training(fp8: Fp8 | None) -> bool:
 
 def fp8_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, fp8: Fp8, offs_E: torch.Tensor | None = None,
                swiglu: bool = False) -> torch.Tensor:
-    """x [..., K] times w [N, K] -> [..., N]; with `offs_E`, rows sorted by expert times w [E, N, K]. With `swiglu` x is
-    [gate | up], and silu(gate) * up is multiplied. The result is in autocast's precision, or in x's."""
+    """x [..., K] times w [N, K] -> [..., N]; with `offs_E`, rows sorted by expert times w [E, N, K] (given as [E, S], the ends of
+    every expert's parts, rows of two parts share no tile in Wgrad). With `swiglu` x is [gate | up], and silu(gate) * up is
+    multiplied. The result is in autocast's precision, or in x's."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     out = _Linear.apply(x.reshape(-1, x.shape[-1]), w, offs_E, fp8, dtype, swiglu)
@@ -66,7 +67,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*kept, w8.codes, w8.scale, offs_E)
         ctx.how, ctx.power, ctx.types = (fp8, back, swiglu), power, (x_MK.dtype, w.dtype)
         ctx.k, ctx.w_rows = h.shape[1], w8.rows
-        return back.matmul(x, w8, dtype) if offs_E is None else back.grouped(x, w8, offs_E, dtype)
+        return back.matmul(x, w8, dtype) if offs_E is None else back.grouped(x, w8, _of_experts(offs_E), dtype)
 
     @staticmethod
     def backward(ctx, grad_MN):
@@ -81,13 +82,19 @@ class _Linear(torch.autograd.Function):
             x = back.fuse(unpack_e5m6)(kept, kept_scale, ctx.k)
         if ctx.needs_input_grad[0]:
             grad, w_t = back.tiles(grad_MN, grad_power), Quantised(w_codes, w_scale, ctx.w_rows).t()
-            grad_x = back.matmul(grad, w_t, x_dtype) if offs_E is None else back.grouped(grad, w_t, offs_E, x_dtype)
+            grad_x = back.matmul(grad, w_t, x_dtype) if offs_E is None else back.grouped(grad, w_t, _of_experts(offs_E), x_dtype)
             grad_x = back.fuse(_swiglu_backward)(grad_x, gate_up) if swiglu else grad_x
         if ctx.needs_input_grad[1]:
-            rows, ends = (None, None) if offs_E is None else whole_tiles(offs_E, len(grad_MN))
+            rows, ends = (None, None) if offs_E is None else whole_tiles(offs_E.flatten(), len(grad_MN))
             grad, x = back.columns(grad_MN, grad_power, rows), back.columns(x, ctx.power, rows)
-            grad_w = (back.matmul(grad, x, w_dtype) if offs_E is None else back.grouped_wgrad(grad, x, ends, w_dtype))
+            grad_w = (back.matmul(grad, x, w_dtype) if offs_E is None
+                      else back.grouped_wgrad(grad, x, _of_experts(ends.view(offs_E.shape)), w_dtype))
         return grad_x, grad_w, None, None, None, None
+
+
+def _of_experts(offs: torch.Tensor) -> torch.Tensor:
+    """Where each expert's rows end."""
+    return offs if offs.dim() == 1 else offs[:, -1].contiguous()
 
 
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:

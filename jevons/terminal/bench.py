@@ -68,6 +68,12 @@ def sections(record: dict[str, Any]) -> list[Section]:
             ["tokens a pass", f"{f['tokens_per_pass']:.2f}"], ["drafts accepted", f"{f['acceptance']:.1%}"],
             ["cost of a pass", f"{f['relative_cost_of_a_pass']:.2f}"], ["share of the ideal", f"{f['share_of_ideal']:.1%}"],
             ["identical outputs", f"{f['identical_outputs']} of {f['prompts']}"]]))
+    if "deterministic" in measures:
+        out.append(_pairs("Each sequence by itself (--deterministic)", measures["deterministic"], lambda f: [
+            ["tokens/s without", figures(f["ordinary_tokens_per_second"])],
+            ["tokens/s with", f"{figures(f['deterministic_tokens_per_second'])}, {f['cost']:.2f}x slower"],
+            ["same text alone, without", f"{f['ordinary_same_alone']} of {f['requests']}"],
+            ["same text alone, with", f"{f['deterministic_same_alone']} of {f['requests']}"]]))
     out.append(_machine(record))
     return out
 
@@ -126,9 +132,11 @@ def _load(load: dict[str, Any]) -> Section:
             ("unloaded median, ms", "unloaded_inter_token_ms"), ("first token, median, ms", "first_token_p50_ms"),
             ("first token, p99, ms", "first_token_p99_ms")]
     sides = {name: side for name, side in load["sides"].items() if "not_available" not in side}
+    sides |= {f"{name}, no pace": side["without_pace"] for name, side in sides.items() if "without_pace" in side}
     table = [[text, *(figures(side[key]) for side in sides.values())] for text, key in rows]
     table.append(["p99 over unloaded", *(f"{side['p99_over_unloaded']:.2f}x" for side in sides.values())])
     notes = [f"{name}: not available, {side['not_available']}." for name, side in load["sides"].items() if name not in sides]
+    notes += [f"{name} at a pace of {pace:g}." for name, side in sides.items() if (pace := side.get("settings", {}).get("pace"))]
     return Section("Under load, 70 % of capacity", ["", *sides], table if sides else [],
                    "\n".join([*notes, "Poisson arrivals; each side at its own capacity."]))
 

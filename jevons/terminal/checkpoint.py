@@ -65,7 +65,7 @@ def evaluate_checkpoint(checkpoint: Path, task: str | None, numbers: int | None,
 def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max_waiting: int, dollars_per_hour: float,
                      allow_hosts: list[str], api_key: str | None, max_thinking_tokens: int | None, closing_words: str | None,
                      weights: str | None, speculate: int | None, disk_cache: Path | None, disk_gib: float,
-                     deterministic: bool, device: str = "cpu", gpu_experts: float | None = None) -> None:
+                     deterministic: bool, pace: float = 0.0, device: str = "cpu", gpu_experts: float | None = None) -> None:
     use_threads(device)
     loaded = open_checkpoint(checkpoint, weights, device, gpu_experts)
     task, disk, root = known_task(loaded.provenance), None, b""
@@ -85,7 +85,7 @@ def serve_checkpoint(checkpoint: Path, host: str, port: int, max_batch: int, max
             console.print(f"context {room} of the model's {loaded.config.max_position_embeddings} tokens: what {where} memory "
                           f"holds for {max_batch} requests at once; fewer (--max-batch) can be longer")
         beside.show(loaded.model, loaded.tokenizer, loaded.provenance.get("recipe") or checkpoint.resolve().name, max_batch,
-                    speculate=speculate, deterministic=deterministic, disk=disk, root=root)
+                    speculate=speculate, deterministic=deterministic, pace=pace, disk=disk, root=root)
         console.print(f"[bold]serving[/] {checkpoint} at {beside.server.url}/  (API: {beside.server.url}/v1, Ctrl-C ends it)")
         beside.run_forever(stop)
 

@@ -60,6 +60,12 @@ class CMatrix(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("stride", c_int64), ("bf16", c_int32)]
 
 
+class CWidths(ctypes.Structure):
+    """`Widths` of training.cpp."""
+
+    _fields_ = [("heads", c_int64), ("plain", c_int64), ("rotary", c_int64), ("value", c_int64)]
+
+
 # Matrices are passed as (address, elements from row to row, whether bf16).
 _MATRIX = [c_void_p, c_int64, c_int32]
 SIGNATURES = {
@@ -80,6 +86,11 @@ SIGNATURES = {
     "jevons_dispatch": [CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p, CMatrix, c_int64],
     "jevons_collect": [CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p, CMatrix],
     "jevons_collect_dots": [CMatrix, CMatrix, c_int64, c_int64, c_void_p, c_int64, c_void_p],
+    "jevons_split_heads": [POINTER(CWidths), c_void_p, c_int64, CMatrix, CMatrix, CMatrix, *[c_void_p] * 4],
+    "jevons_split_heads_grad": [POINTER(CWidths), c_void_p, c_int64, c_int64, *[c_void_p] * 4, CMatrix, CMatrix, CMatrix],
+    "jevons_move_heads": [c_int64, c_int64, c_void_p, c_int64, c_int64, CMatrix, c_void_p, c_int32],
+    "jevons_causal_softmax": [CMatrix, c_int64, c_int64, c_float],
+    "jevons_causal_softmax_grad": [CMatrix, CMatrix, c_int64, c_int64, c_float],
     "jevons_draw": [*_MATRIX, c_int64, c_int64, *[c_void_p] * 5],
     "jevons_pass": [c_void_p, c_int64, c_void_p],
     "jevons_step": [c_void_p, c_int64, c_void_p, c_void_p],

@@ -123,3 +123,30 @@ static inline f32x16 exponential(f32x16 x) {
   const f32x16 result = (f32x16)((i32x16)p + ((i32x16)shifted << 23));
   return y > 127.0f ? splat(std::exp2(127.0f)) : y < -126.0f ? f32x16{} : result;
 }
+
+// Columns of 16 x 16 as rows.
+#if defined(__AVX512F__)
+static inline void turn(const f32x16* from, f32x16* to) {
+  __m512 r[16], t[16];
+  memcpy(r, from, sizeof r);
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i++) {
+    const __m512d a = (__m512d)t[i / 4 * 4 + i % 4 / 2], b = (__m512d)t[i / 4 * 4 + i % 4 / 2 + 2];
+    r[i] = (__m512)(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
+  }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 16; j += 8) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    to[i] = (f32x16)_mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    to[i + 8] = (f32x16)_mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#else
+static inline void turn(const f32x16* from, f32x16* to) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
+}
+#endif

@@ -13,7 +13,7 @@ struct Job {
 struct Scratch {
   Room x, hidden;
   std::vector<Job> jobs;
-  std::vector<int64_t> cell, token, ends, identity;
+  std::vector<int64_t> cell, token, row, ends, identity;
   std::vector<float> inner, outer;
 };
 }  // namespace
@@ -57,7 +57,11 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
   const int64_t dim = s.jobs[0].expert.down.rows;
   const Matrix x = {(uint8_t*)from, stride, bf16}, y = {(uint8_t*)to, dim, bf16};
   s.inner.resize(total * width), s.outer.resize(total * dim);
-  const Inputs in = make_inputs(s.jobs[0].expert.up, x.bf16, n, s.x);
+  // of many tokens an expert's rows lie one below the other, as tiles want them: copies behind the tokens' own
+  const bool copied = n >= 8;
+  const Inputs in = make_inputs(s.jobs[0].expert.up, x.bf16, copied ? n + total : n, s.x);
+  s.row.resize(total);
+  for (int64_t i = 0; i < total; i++) s.row[i] = copied ? n + i : s.token[i];
   auto job_of = [&](int64_t unit, int64_t Job::*before) -> const Job& {
     return *(std::upper_bound(s.jobs.begin(), s.jobs.end(), unit, [&](int64_t u, const Job& j) { return u < j.*before; }) - 1);
   };
@@ -78,8 +82,8 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
     float gate[LIMIT * PANEL], up[LIMIT * PANEL];
     for (int64_t first = 0; first < job.count; first += LIMIT) {
       const int64_t count = std::min(LIMIT, job.count - first), cell = job.first + first;
-      multiply_panel(job.expert.gate, panel, in, &s.token[cell], count, gate);
-      multiply_panel(job.expert.up, panel, in, &s.token[cell], count, up);
+      multiply_panel(job.expert.gate, panel, in, &s.row[cell], count, gate);
+      multiply_panel(job.expert.up, panel, in, &s.row[cell], count, up);
       for (int64_t i = 0; i < count; i++) {
         const f32x16 g = load<f32x16>(gate + i * PANEL), product = g / (1.0f + exponential(-g)) * load<f32x16>(up + i * PANEL);
         memcpy(&s.inner[(cell + i) * width + row], &product, valid * 4);
@@ -115,7 +119,8 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
 
   Pool& pool = Pool::get();
   const int threads = threads_for(bytes, 1);
-  for (int64_t m = 0; m < n; m++) fill_row(in, m, x.at(m), x.bf16, s.jobs[0].expert.up);
+  pool.run(n, 4, n < 16 ? 1 : threads, [&](int64_t m) { fill_row(in, m, x.at(m), x.bf16, s.jobs[0].expert.up); });
+  if (copied) pool.run(total, 16, threads, [&](int64_t i) { copy_row(in, s.token[i], n + i); });
   pool.run(inner_units, std::max<int64_t>(2, inner_units / (4 * threads)), threads, inner);
   pool.run(s.jobs.size(), 1, threads, [&](int64_t j) { refill(s.jobs[j]); });
   pool.run(outer_units, std::max<int64_t>(2, outer_units / (4 * threads)), threads, outer);

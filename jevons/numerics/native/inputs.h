@@ -121,6 +121,13 @@ static void fill_row(const Inputs& in, int64_t m, const uint8_t* x, bool bf16, c
   }
 }
 
+static inline void copy_row(const Inputs& in, int64_t from, int64_t to) {
+  memcpy(in.data + to * in.stride, in.row(from), in.stride);
+  if (in.form != GROUPS) return;
+  memcpy(in.scale + to * in.groups, in.scale + from * in.groups, in.groups * 4);
+  memcpy(in.offset + to * in.groups, in.offset + from * in.groups, in.groups * 4);
+}
+
 // Rows panel * 16 and the fifteen after it, times the input rows at[0..count): out[i * PANEL + r]. In rows.cpp.
 void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out);
 

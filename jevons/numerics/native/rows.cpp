@@ -1,5 +1,5 @@
 // Sixteen rows of a weight times every row of the inputs: the unit of work that threads share.
-#include "inputs.h"
+#include "amx.h"
 
 // -- weights that lie row by row ----------------------------------------------------------------------------------------------
 //
@@ -161,32 +161,6 @@ static void row_tile(const Weight& w, int64_t row, const Inputs& in, const uint8
 // -- many rows of inputs over float32 rows: sixteen rows are turned once, so that nothing is summed across lanes --------------------
 
 static const int MANY = 12;  // rows of inputs from which turning pays
-
-#if defined(__AVX512F__)
-static inline void turn(const f32x16* from, f32x16* to) {  // 16 x 16
-  __m512 r[16], t[16];
-  memcpy(r, from, sizeof r);
-  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  for (int i = 0; i < 16; i++) {
-    const __m512d a = (__m512d)t[i / 4 * 4 + i % 4 / 2], b = (__m512d)t[i / 4 * 4 + i % 4 / 2 + 2];
-    r[i] = (__m512)(i % 2 ? _mm512_unpackhi_pd(a, b) : _mm512_unpacklo_pd(a, b));
-  }
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 16; j += 8) {
-      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
-      t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    to[i] = (f32x16)_mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    to[i + 8] = (f32x16)_mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-#else
-static inline void turn(const f32x16* from, f32x16* to) {
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
-}
-#endif
 
 template <int M>
 static void turned_tile(const f32x16* w, int64_t columns, const uint8_t* const* rows, int64_t count, float* out) {
@@ -368,6 +342,12 @@ void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int6
     const int64_t n = std::min<int64_t>(64, count - first);
     for (int64_t i = 0; i < n; i++) x[i] = in.row(at[first + i]);
     float* to = out + first * PANEL;
+#if defined(HAS_TILES)
+    if (amx::suits(w, at + first, n)) {
+      amx::multiply(w, panel, in, at[first], n, to);
+      continue;
+    }
+#endif
     if (w.kind == INT8) {
       panel_tiles<8, WIDE>(w, panel, in, x, at + first, n, to);
     } else if (w.kind == INT4) {

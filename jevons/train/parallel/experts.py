@@ -1,7 +1,9 @@
 """Expert parallelism: each process of a group holds some experts whole; tokens travel to them (dispatch) and their outputs
 back (combine), as many as the gate chose: none is dropped.
 
-In FP8, as in V3 (report section 3.2.2 and 3.3.3): what is dispatched, tokens forward and gradients backward, travels as E4M3
+In FP8 training an expert's Wgrad tiles hold rows of one process only, so that they are the tiles of one process alone.
+
+Dispatch in FP8, as in V3 (report section 3.2.2 and 3.3.3): tokens forward and gradients backward travel as E4M3
 with one power-of-two scale for 128 numbers; what is combined, either way, stays BF16.
 """
 
@@ -90,11 +92,11 @@ class SpreadBank(ExpertBank):
         x_MD = fused.dispatch(x_ND, cell_M.view(n, k), n * k, x_ND.dtype)
         x_MD = _Travel.apply(x_MD, arriving, leaving, self.group, there, back)
         expert_M = torch.arange(got_RE.shape[1], device=order.device).repeat(self.ranks).repeat_interleave(got_RE.flatten())
-        rows_E = got_RE.sum(0)
+        rows_E, rows_ES = got_RE.sum(0), got_RE.t()
         if not len(expert_M):  # a row of zeros: the weights must have a gradient, for others wait to add theirs
             x_MD, expert_M, rows_E = F.pad(x_MD, (0, 0, 0, 1)), expert_M.new_zeros(1), rows_E.clone()
             rows_E[0] = 1
-        own = Routing(expert_M[:, None], x_MD.new_ones(len(expert_M), 1), rows_E, routing.load_E, routing.balance_loss)
+        own = Routing(expert_M[:, None], x_MD.new_ones(len(expert_M), 1), rows_E, routing.load_E, routing.balance_loss, rows_ES)
         y_MD = super().forward(x_MD, own)[: sum(arriving)]
         y_MD = _Travel.apply(y_MD, leaving, arriving, self.group, back, there)
         return fused.combine(y_MD, cell_M.view(n, k), routing.weights_NK)
