@@ -8,7 +8,7 @@ import torch
 from jevons.engine.sampler import sample, uniform
 from jevons.engine.scheduler import Sequence
 from jevons.model import CausalLM, KVCache, build_meta
-from jevons.model.native_pass import CRows
+from jevons.model.native_pass import Ahead, CRows
 from jevons.numerics import kernels
 
 COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
@@ -74,12 +74,12 @@ class Rows:
         return done
 
     def step(self, model: CausalLM, cache: KVCache, first: int, tokens: list[int], counts: list[int], contexts: list[int],
-             ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
+             ahead: Ahead | None = None) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
         """The rows from `first` on, each with counts[i] of the tokens, from position contexts[i] on: hidden states, logits, and
-        of each the token that comes next, with its log-prob."""
+        of each the token that comes next, with its log-prob. `ahead` asks for drafts, where they come in the same call."""
         rows, done = range(first, first + len(counts)), None
         if self.native is not None:
-            done = model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache)
+            done = model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache, ahead)
         if done is not None and done[2] is not None:
             return done
         meta = build_meta(self.table[first : rows.stop], contexts, counts, cache.page_size)
