@@ -9,9 +9,12 @@ from nets import lively, llama, nano, plain_logits, qwen2, random_ids
 from test_engine import engine_of, explain, request, run, sampled
 
 from jevons.engine.disk import DiskTier
+from jevons.engine.drafts import Drafts
 from jevons.engine.engine import CHUNK, PAGE, Engine
+from jevons.engine.rows import Rows
 from jevons.engine.speculation import AGAIN, TRIES, Speculation
 from jevons.engine.types import Request, SamplingParams, Thinking
+from jevons.numerics.native import library, why_not
 
 
 def usage_of(events, request_id):
@@ -141,6 +144,28 @@ def test_drafts_are_the_mtp_modules():
     (done,) = engine.generate([request([2], temperature=0.0, max_tokens=30)])
     assert done.token_ids == [(3 + i) % 6 for i in range(30)]
     assert done.usage.accepted_tokens == done.usage.drafted_tokens >= 20
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_drafts_of_the_same_call_are_those_of_a_call_of_their_own(drafts, monkeypatch):
+    """Thoughts that are closed, limits and stops included: then the same call drafted for what was not said."""
+    if library() is None:
+        pytest.skip(why_not())
+    model, made = lively(nano(vocab_size=12)), Counter()
+    crowd = [sampled(prompt=random_ids(random.randint(1, 40), 12), max_tokens=random.randint(1, 60), stop_token_ids=(2,),
+                     thinking=Thinking(END, CLOSE, random.randint(0, 20)) if i % 2 else None) for i in range(12)]
+    step, real = Rows.step, Drafts._made
+    monkeypatch.setattr(Drafts, "_made", lambda self, *args: made.update([done := real(self, *args)]) or done)
+    together, apart = engine_of(model, max_len=160, speculate=drafts), engine_of(model, max_len=160, speculate=drafts)
+    first = together.generate(crowd)
+    assert made[True] > made[False] > 0
+    made.clear()
+    monkeypatch.setattr(Rows, "step", lambda self, *args: step(self, *args[:6]))
+    second = apart.generate([Request(r.prompt_ids, r.params) for r in crowd])
+    assert made[False] > 0 == made[True]
+    for one, other in zip(first, second, strict=True):
+        assert (one.token_ids, one.logprobs, one.finish_reason, one.usage) == (other.token_ids, other.logprobs,
+                                                                               other.finish_reason, other.usage)
 
 
 class Clock:

@@ -9,6 +9,7 @@ from jevons.engine.rows import Rows
 from jevons.engine.scheduler import Sequence
 from jevons.engine.speculation import Speculation
 from jevons.model import CausalLM, KVCache, build_meta
+from jevons.model.native_pass import Ahead
 
 FEW = 64  # tokens of a sequence that the module reads in the one native call; longer parts of prompts have kernels of their own
 
@@ -22,6 +23,7 @@ class Drafts(dict[Sequence, list[int]]):
     def __init__(self, model: CausalLM, rows: Rows, speculation: Speculation, cache: KVCache):
         super().__init__()
         self.model, self.rows, self.speculation, self.cache = model, rows, speculation, cache
+        self._ahead: tuple[Ahead, list[int]] | None = None  # asked for in the last call of `verify`, and what it drew
 
     def admit(self, sequence: Sequence) -> None:
         self.pop(sequence, None)
@@ -32,8 +34,11 @@ class Drafts(dict[Sequence, list[int]]):
         """Run the module over what was just computed, and set the running sequences' drafts for a pass of `batch`.
 
         `parts`: (sequence, the position of its first token, how many, the row of `hidden` that holds its last)."""
-        parts = [part for part in parts if part[0] in self]
-        most = self.speculation.drafts(batch) if parts else 0
+        parts, (ahead, drawn), self._ahead = [part for part in parts if part[0] in self], self._ahead or (None, []), None
+        if ahead is not None:
+            parts, most = [part for part in parts if not self._made(ahead, drawn, *part)], ahead.most
+        else:
+            most = self.speculation.drafts(batch) if parts else 0
         if most is None:
             for sequence, *_ in parts:
                 del self[sequence]
@@ -95,9 +100,24 @@ class Drafts(dict[Sequence, list[int]]):
             for i, token in zip(going, tokens.tolist(), strict=True):
                 self[sequences[i]].append(token)
 
-    def verify(self, given: list[list[int]], starts: list[int], cache: KVCache,
+    def verify(self, sequences: list[Sequence], given: list[list[int]], starts: list[int], cache: KVCache,
                ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float], int]:
-        """The first rows, each with its last token and its drafts: hidden states, logits, tokens and log-probs of all of them,
-        and how many lie from row to row, 0 where they lie close."""
-        flat, counts = [i for tokens in given for i in tokens], list(map(len, given))
-        return *self.rows.step(self.model, cache, 0, flat, counts, starts), 0
+        """All running sequences, each with its last token and its drafts: hidden states, logits, tokens and log-probs of all of
+        them, and how many lie from row to row, 0 where they lie close."""
+        flat, counts, ahead = [i for tokens in given for i in tokens], list(map(len, given)), None
+        if self.rows.native is not None and max(counts) > 1 and all(s in self for s in sequences):
+            if most := self.speculation.drafts(len(sequences)):
+                room = [min(s.limit - s.produced - 2, len(s.pages) * cache.page_size - start)
+                        for s, start in zip(sequences, starts, strict=True)]
+                ahead = Ahead(self.model.native_mtp[0], self.cache, most, room)
+        hidden, logits, tokens, logprobs = self.rows.step(self.model, cache, 0, flat, counts, starts, ahead)
+        self._ahead = ahead and (ahead, tokens)
+        return hidden, logits, tokens, logprobs, 0
+
+    def _made(self, ahead: Ahead, drawn: list[int], sequence: Sequence, start: int, count: int, last: int) -> bool:
+        """Whether a sequence's drafts came with the pass: so it is where it said what was drawn."""
+        if ahead.drafts is None or sequence.tokens[start + 1 : start + count + 1] != drawn[last - count + 1 : last + 1]:
+            return False
+        first = sequence.row * ahead.most
+        self[sequence] = ahead.drafts[first : first + self._wanted(sequence, start + count, ahead.most)]
+        return True

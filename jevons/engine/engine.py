@@ -269,7 +269,7 @@ class Engine:
             fresh = [(s, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True) if self._read_on(s, more)]
             logits, tokens, logprobs = self._choose(hidden, running, given, fresh)
         else:
-            hidden, logits, tokens, logprobs, stride = (self.graphs or self.drafts).verify(given, starts, self.cache)
+            hidden, logits, tokens, logprobs, stride = (self.graphs or self.drafts).verify(running, given, starts, self.cache)
         parts, at = [], 0  # of what was computed, that which counts: (sequence, its first position, how many, the last one's row)
         for sequence, own, start in zip(running, drafts, starts, strict=False):
             accepted = 0

@@ -15,6 +15,7 @@ import torch
 
 from jevons.engine.rows import Rows
 from jevons.engine.sampler import noise, sample
+from jevons.engine.scheduler import Sequence
 from jevons.model import BatchMeta, CausalLM, KVCache
 from jevons.model.layers import Linear
 from jevons.model.moe import ExpertBank, MoE
@@ -135,7 +136,7 @@ class Graphs:
         rows.last[first:end] = tokens
         return logits[: end - first], tokens, logprobs
 
-    def verify(self, given: list[list[int]], contexts: list[int], cache: KVCache,
+    def verify(self, sequences: list[Sequence], given: list[list[int]], contexts: list[int], cache: KVCache,
                ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float], int]:
         """`Drafts.verify`, from one longest row to the next."""
         hidden, logits, tokens, logprobs = self._run(given, slice(0, len(given)), np.array(contexts))

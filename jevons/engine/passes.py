@@ -55,12 +55,7 @@ class Passes:
     @torch.inference_mode()
     def _next_tokens(self, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
         """Writes to these rows and their pages only."""
-        rows = self.rows
-        given = rows.last[first:end].tolist(), [1] * (end - first), rows.length[first:end].tolist()
-        _, logits, tokens, logprobs = rows.step(self.model, self.cache, first, *given)
-        rows.length[first:end] += 1
-        rows.last[first:end] = torch.tensor(tokens)
-        return logits, tokens, logprobs
+        return self.rows.advance(self.model, self.cache, first, end)
 
     @torch.inference_mode()
     def _read(self, sequences: list[Sequence], given: list[list[int]]) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from jevons.engine.sampler import sample, uniform
 from jevons.engine.scheduler import Sequence
 from jevons.model import CausalLM, KVCache, build_meta
-from jevons.model.native_pass import CRows
+from jevons.model.native_pass import Ahead, CRows
 from jevons.numerics import kernels
 
 COLDEST = 1e-5  # below it sampling is greedy: logits divided by less would not be finite
@@ -21,6 +21,7 @@ class Rows:
         self.table = torch.zeros(count, pages, dtype=torch.long, device=device)
         self.length = torch.zeros(count, dtype=torch.long)  # tokens in the cache
         self.last = torch.zeros(count, dtype=torch.long)  # the token that comes next into it
+        self._length, self._last = self.length.numpy(), self.last.numpy()  # the same memory; a step's small calls cost less
         self.temperature = torch.ones(count)
         self.top_p = torch.ones(count)
         self.seed = np.zeros(count, dtype=np.uint64)
@@ -64,13 +65,21 @@ class Rows:
         tokens, logprobs = sample(logits, heat.float(), top_p.float(), noise, narrow)
         return tokens.cpu(), logprobs.cpu()
 
+    def advance(self, model: CausalLM, cache: KVCache, first: int, end: int) -> tuple[torch.Tensor, list[int], list[float]]:
+        """`step` of one token for each of the rows, which are moved on: logits, tokens and log-probs."""
+        length, last = self._length[first:end], self._last[first:end]
+        _, *done = self.step(model, cache, first, last.tolist(), [1] * len(last), length.tolist())
+        length += 1
+        last[:] = done[1]
+        return done
+
     def step(self, model: CausalLM, cache: KVCache, first: int, tokens: list[int], counts: list[int], contexts: list[int],
-             ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
+             ahead: Ahead | None = None) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
         """The rows from `first` on, each with counts[i] of the tokens, from position contexts[i] on: hidden states, logits, and
-        of each the token that comes next, with its log-prob."""
+        of each the token that comes next, with its log-prob. `ahead` asks for drafts, where they come in the same call."""
         rows, done = range(first, first + len(counts)), None
         if self.native is not None:
-            done = model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache)
+            done = model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache, ahead)
         if done is not None and done[2] is not None:
             return done
         meta = build_meta(self.table[first : rows.stop], contexts, counts, cache.page_size)

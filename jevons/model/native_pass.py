@@ -84,7 +84,17 @@ class CStep(ctypes.Structure):
 class CDraft(ctypes.Structure):
     """`Draft` of pass.cpp."""
 
-    _fields_ = [*[(name, c_void_p) for name in ("hidden", "last", "wanted")], ("most", c_int64), ("drafts", c_void_p)]
+    _fields_ = [*[(name, c_void_p) for name in ("block", "way", "call", "hidden", "last", "wanted")], ("most", c_int64),
+                ("drafts", c_void_p)]
+
+
+class Ahead:
+    """Drafts to be made in the same call as a step whose tokens but each sequence's first are drafts: room[i] for sequence i, at
+    most `most`, less those accepted. `drafts`: as far as they were made, `most` numbers a sequence, of which that many count."""
+
+    def __init__(self, module: NativePass, cache: KVCache, most: int, room: list[int]):
+        self.module, self.cache, self.most, self.room = module, cache, most, room
+        self.drafts: list[int] | None = None
 
 
 DONE, NO_PAGE, OUTSIDE, NOT_DRAWN = range(4)  # `Outcome` of pass.cpp
@@ -133,24 +143,36 @@ class NativePass:
         return out
 
     def step(self, tokens: list[int], counts: list[int], contexts: list[int], rows: Sequence[int], params: CRows,
-             rope: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor, list[int] | None, list[float]] | None:
+             rope: torch.Tensor, cache: KVCache, ahead: Ahead | None = None,
+             ) -> tuple[torch.Tensor, torch.Tensor, list[int] | None, list[float]] | None:
         """Sequences' tokens, counts[i] from position contexts[i] on: hidden states [N, D], logits [N, V], and the token that row
         rows[i] draws after each, with its log-prob; None for the tokens where a top_p is in the way. None, and IndexError, as
         above."""
-        like, n = self.modules[2].weight, len(tokens)
+        like, n, room = self.modules[2].weight, len(tokens), ()
         if not self._fits(like, n, cache) or self.head is None:
             return None
+        if ahead is not None:
+            if ahead.module._fits(like, n, ahead.cache) and ahead.module.head is not None:
+                room = ahead.room
+            else:
+                ahead = None
         out, logits = torch.empty(n, like.shape[1], dtype=like.dtype), torch.empty(n, self.head.rows, dtype=like.dtype)
-        array, (flat, *where) = _integers(tokens, contexts, counts, rows)
+        array, (flat, *where, room_at) = _integers(tokens, contexts, counts, rows, room)
         drawn, logprobs = (c_int64 * n)(), (c_float * n)()
         call = self._call(flat, n, out.data_ptr(), rope, cache, 0)
         step = CStep(len(counts), cache.page_size, *where, ctypes.addressof(params), self.head, logits.data_ptr(),
                      ctypes.addressof(drawn), ctypes.addressof(logprobs))
-        step.kept = array
-        outcome = library().jevons_step(self.array, len(self.array), ctypes.byref(call), ctypes.byref(step))
+        step.kept, draft = array, None
+        if ahead is not None:
+            drafts = (c_int64 * (len(counts) * ahead.most))()
+            draft = ahead.module._draft(rope, ahead.cache, None, None, None, room_at, ahead.most, drafts)
+        outcome = library().jevons_step(self.array, len(self.array), ctypes.byref(call), ctypes.byref(step),
+                                        draft and ctypes.byref(draft))
         if outcome == NOT_DRAWN:
             return out, logits, None, []
         _check(outcome, len(counts))
+        if ahead is not None:
+            ahead.drafts = drafts[:]
         return out, logits, drawn[:], logprobs[:]
 
     def draft(self, hidden: torch.Tensor, last: list[int], tokens: list[int], counts: list[int], contexts: list[int],
@@ -162,15 +184,21 @@ class NativePass:
         most = max(wanted)
         array, (flat, *where, last_at, wanted_at) = _integers(tokens, contexts, counts, rows, last, wanted)
         drafts = (c_int64 * (len(counts) * most))()
-        call = self._call(flat, 0, None, rope, cache, 0)
         step = CStep(len(counts), cache.page_size, *where, ctypes.addressof(params), self.head)
+        draft = self._draft(rope, cache, flat, hidden.data_ptr(), last_at, wanted_at, most, drafts)
         step.kept = array
-        draft = CDraft(hidden.data_ptr(), last_at, wanted_at, most, ctypes.addressof(drafts))
-        outcome = library().jevons_draft(self.array, *map(ctypes.byref, (self.way, call, step, draft)))
+        outcome = library().jevons_draft(ctypes.byref(step), ctypes.byref(draft))
         if outcome == NOT_DRAWN:
             return None
         _check(outcome, len(counts))
         return [drafts[i * most : i * most + count] for i, count in enumerate(wanted)]
+
+    def _draft(self, rope: torch.Tensor, cache: KVCache, tokens: int | None, hidden: int | None, last: int | None, wanted: int,
+               most: int, drafts: ctypes.Array[c_int64]) -> CDraft:
+        call = self._call(tokens, 0, None, rope, cache, 0)
+        draft = CDraft(*map(ctypes.addressof, (self.array, self.way, call)), hidden, last, wanted, most, ctypes.addressof(drafts))
+        draft.kept = call, self.array, self.way
+        return draft
 
     def _call(self, tokens: int | None, n: int, out: int | None, rope: torch.Tensor, cache: KVCache, first: int) -> CCall:
         """A copy of what is made once for a cache. After a pass, what Python touches has left the processor's caches."""

@@ -93,8 +93,8 @@ SIGNATURES = {
     "jevons_causal_softmax_grad": [CMatrix, CMatrix, c_int64, c_int64, c_float],
     "jevons_draw": [*_MATRIX, c_int64, c_int64, *[c_void_p] * 5],
     "jevons_pass": [c_void_p, c_int64, c_void_p],
-    "jevons_step": [c_void_p, c_int64, c_void_p, c_void_p],
-    "jevons_draft": [c_void_p] * 5,
+    "jevons_step": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
+    "jevons_draft": [c_void_p, c_void_p],
     "jevons_read": [c_void_p, c_int64, c_int32],
 }
 RETURNS = {"jevons_read": c_uint64, **dict.fromkeys(("jevons_pass", "jevons_step", "jevons_draft"), c_int32)}

@@ -77,6 +77,9 @@ struct Step {
 // wanted[s] drafts of each sequence, the rest of its `most` as they are. Its last token's state is row last[s] of `hidden`, those
 // of the tokens before it lie before.
 struct Draft {
+  const Block* block;
+  const Merge* way;
+  const Call* call;  // over the module's own cache
   void* hidden;
   const int64_t *last, *wanted;
   int64_t most;
@@ -91,6 +94,7 @@ struct Scratch {
   std::vector<float> rope, weights, load, heat, logprobs;
   std::vector<int64_t> chosen, rows, starts, positions, table, next;
   std::vector<int64_t> live, from, rows_of, contexts, ones, tokens;  // of a draft
+  std::vector<int64_t> counts, last, wanted, follow;                 // of the tokens that a step has accepted
   std::vector<uint64_t> seeds;
 
   static Scratch& own() {
@@ -278,13 +282,60 @@ bool narrow(const Step& step) {
     if (step.all->top_p[step.rows[i]] < 1 && step.all->temperature[step.rows[i]] > 0) return true;
   return false;
 }
+
+// The MTP module over the hidden states of a step's tokens and the `tokens` after them, then over its own states and what it drew.
+Outcome run_drafts(const Step& step, const Draft& draft, const int64_t* tokens) {
+  Scratch& s = Scratch::own();
+  Call call = *draft.call;
+  call.tokens = tokens;
+  const int64_t width = call.dim * (call.bf16 ? 2 : 4);
+  void* hidden = draft.hidden;
+  const int64_t* counts = step.counts;
+  s.live.clear(), s.from.clear();
+  s.rows_of.assign(step.rows, step.rows + step.sequences), s.contexts.assign(step.contexts, step.contexts + step.sequences);
+  for (int64_t i = 0; i < step.sequences; i++) {
+    s.live.push_back(i);
+    for (int64_t k = counts[i]; k > 0; k--) s.from.push_back(draft.last[i] - k + 1);
+  }
+  for (int64_t depth = 0; !s.live.empty(); depth++) {
+    const paged::Batch batch = lay(step, s.live.size(), s.rows_of.data(), s.contexts.data(), counts);
+    call.batch = &batch, call.positions = s.positions.data(), call.n = s.positions.size();
+    call.x = room(s.x, call.n * width), call.out = room(s.out, call.n * width);
+    const Pass pass{call, s, call.bf16 ? 2 : 4};
+    if (!pass.within()) return OUTSIDE;
+    pass.merge(*draft.way, hidden, s.from.data(), call.x);
+    if (const Outcome outcome = pass.run(draft.block, 1)) return outcome;
+    size_t going = 0;
+    hidden = room(s.picked, s.live.size() * width);
+    for (size_t i = 0; i < s.live.size(); i++) {
+      if (draft.wanted[s.live[i]] <= depth) continue;
+      memcpy((uint8_t*)hidden + going * width, (uint8_t*)call.out + (s.starts[i + 1] - 1) * width, width);
+      s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.positions[s.starts[i + 1] - 1] + 1;
+    }
+    s.live.resize(going), s.tokens.resize(going), s.logprobs.resize(going), s.ones.assign(going, 1), s.from.resize(going);
+    void* logits = room(s.logits, going * step.head.rows * (width / call.dim));
+    head(step, call, hidden, going, logits);
+    draw(step, call, logits, going, s.rows_of.data(), s.contexts.data(), s.tokens.data(), s.logprobs.data());
+    counts = s.ones.data(), going = 0;
+    for (size_t i = 0; i < s.live.size(); i++) {  // the last draft's state is nobody's
+      draft.drafts[s.live[i] * draft.most + depth] = s.tokens[i];
+      if (draft.wanted[s.live[i]] <= depth + 1) continue;
+      s.from[going] = i, s.tokens[going] = s.tokens[i];
+      s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.contexts[i];
+    }
+    s.live.resize(going), call.tokens = s.tokens.data();
+  }
+  return DONE;
+}
 }  // namespace
 
 // Tokens and positions may lie outside their tables, and pages outside the cache: then it says so.
 extern "C" int32_t jevons_pass(const Block* blocks, int64_t count, const Call* call) { return run_tokens(*call, blocks, count); }
 
-// The same for a step's tokens, with logits and a token drawn for each; where a row has a top_p under 1 nothing is drawn.
-extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* given, const Step* step) {
+// The same for a step's tokens, with logits and a token drawn for each; where a row has a top_p under 1 nothing is drawn. Given a
+// `draft`, each sequence's tokens but the first are drafts: those are accepted that are what was drawn, and new ones are made,
+// wanted[s] less those accepted.
+extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* given, const Step* step, const Draft* draft) {
   Scratch& s = Scratch::own();
   Call call = *given;
   const paged::Batch batch = lay(*step, step->sequences, step->rows, step->contexts, step->counts);
@@ -295,50 +346,24 @@ extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* g
   s.from.clear();
   for (int64_t i = 0; i < step->sequences; i++) s.from.insert(s.from.end(), step->counts[i], step->rows[i]);
   draw(*step, call, step->logits, call.n, s.from.data(), call.positions, step->drawn, step->logprobs);
-  return DONE;
+  if (!draft) return DONE;
+  s.counts.clear(), s.last.clear(), s.wanted.clear(), s.follow.clear();
+  for (int64_t i = 0, at = 0; i < step->sequences; at += step->counts[i++]) {
+    int64_t right = 0;
+    while (right + 1 < step->counts[i] && call.tokens[at + right + 1] == step->drawn[at + right]) right++;
+    s.counts.push_back(right + 1), s.last.push_back(at + right);
+    s.wanted.push_back(std::clamp<int64_t>(draft->wanted[i] - right, 0, draft->most));
+    s.follow.insert(s.follow.end(), step->drawn + at, step->drawn + at + right + 1);
+  }
+  Step accepted = *step;
+  Draft next = *draft;
+  accepted.counts = s.counts.data();
+  next.hidden = call.out, next.last = s.last.data(), next.wanted = s.wanted.data();
+  return run_drafts(accepted, next, s.follow.data());
 }
 
-// The MTP module over the hidden states of a step's tokens and the tokens after them, then over its own states and what it drew.
-extern "C" int32_t jevons_draft(const Block* block, const Merge* way, const Call* given, const Step* step, const Draft* draft) {
-  if (narrow(*step)) return NOT_DRAWN;
-  Scratch& s = Scratch::own();
-  Call call = *given;
-  const int64_t width = call.dim * (call.bf16 ? 2 : 4);
-  void* hidden = draft->hidden;
-  const int64_t* counts = step->counts;
-  s.live.clear(), s.from.clear();
-  s.rows_of.assign(step->rows, step->rows + step->sequences), s.contexts.assign(step->contexts, step->contexts + step->sequences);
-  for (int64_t i = 0; i < step->sequences; i++) {
-    s.live.push_back(i);
-    for (int64_t k = counts[i]; k > 0; k--) s.from.push_back(draft->last[i] - k + 1);
-  }
-  for (int64_t depth = 0; !s.live.empty(); depth++) {
-    const paged::Batch batch = lay(*step, s.live.size(), s.rows_of.data(), s.contexts.data(), counts);
-    call.batch = &batch, call.positions = s.positions.data(), call.n = s.positions.size();
-    call.x = room(s.x, call.n * width), call.out = room(s.out, call.n * width);
-    const Pass pass{call, s, call.bf16 ? 2 : 4};
-    if (!pass.within()) return OUTSIDE;
-    pass.merge(*way, hidden, s.from.data(), call.x);
-    if (const Outcome outcome = pass.run(block, 1)) return outcome;
-    size_t going = 0;
-    hidden = room(s.picked, s.live.size() * width);
-    for (size_t i = 0; i < s.live.size(); i++) {
-      if (draft->wanted[s.live[i]] <= depth) continue;
-      memcpy((uint8_t*)hidden + going * width, (uint8_t*)call.out + (s.starts[i + 1] - 1) * width, width);
-      s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.positions[s.starts[i + 1] - 1] + 1;
-    }
-    s.live.resize(going), s.tokens.resize(going), s.logprobs.resize(going), s.ones.assign(going, 1), s.from.resize(going);
-    void* logits = room(s.logits, going * step->head.rows * (width / call.dim));
-    head(*step, call, hidden, going, logits);
-    draw(*step, call, logits, going, s.rows_of.data(), s.contexts.data(), s.tokens.data(), s.logprobs.data());
-    counts = s.ones.data(), going = 0;
-    for (size_t i = 0; i < s.live.size(); i++) {  // the last draft's state is nobody's
-      draft->drafts[s.live[i] * draft->most + depth] = s.tokens[i];
-      if (draft->wanted[s.live[i]] <= depth + 1) continue;
-      s.from[going] = i, s.tokens[going] = s.tokens[i];
-      s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.contexts[i];
-    }
-    s.live.resize(going), call.tokens = s.tokens.data();
-  }
-  return DONE;
+// Drafts after a step's tokens, given the tokens that follow them.
+extern "C" int32_t jevons_draft(const Step* step, const Draft* draft) {
+  return narrow(*step) ? NOT_DRAWN : run_drafts(*step, *draft, draft->call->tokens);
 }
+
