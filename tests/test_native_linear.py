@@ -66,7 +66,7 @@ def native(request, libraries, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: library)
     monkeypatch.setattr(kernels, "LEAST_F32", 0)
     for dtype in DTYPES:  # more than where they are the faster way
-        monkeypatch.setitem(kernels.FEW, dtype, 20)
+        monkeypatch.setitem(kernels.FEW, dtype, 400)
     with torch.no_grad():
         yield library
 
@@ -171,8 +171,8 @@ def test_rows_do_not_depend_on_each_other(native):
     """Packed into integers, a row's product is the same to the bit, alone or among others."""
     for rows in (random.randint(4, 20), random.randint(21, 130)):  # tiles of AMX are 16 rows
         out, columns = random_shape()
-        x = torch.randn(rows, columns)
         weight = IntWeight.of(torch.randn(out, columns), random.choice([4, 8]), random.choice([32, 128]))
+        x = torch.randn(rows, columns)
         together = linear(x, weight)
         assert all(torch.equal(linear(x[i : i + 1], weight)[0], together[i]) for i in range(rows))
 
