@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import kernels, paged, triton_mla
+from jevons.numerics import kernels, paged, recompute, triton_mla
 from jevons.numerics.paged import Heads
 
 INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_norm_eps says nothing about them
@@ -131,18 +131,22 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, INNER_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
+        self.recompute = False  # see model/precision.py
         self.paged = paged.latent_heads(self.heads, c.kv_lora_rank, self.rope, self.scale, INNER_EPS)
 
     def _project(self, x_ND):
         """Queries' two parts [N, H, nope] and [N, H, R], latent and shared key, as the projections give them."""
-        q, latent_NC, k_rope_NR = self.qkv_a_proj(x_ND).split(self.split, dim=-1)
+        return self._raise(self.qkv_a_proj(x_ND))
+
+    def _raise(self, down_NA):
+        q, latent_NC, k_rope_NR = down_NA.split(self.split, dim=-1)
         if self.config.q_lora_rank:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q_nope, q_rope = q.view(-1, self.heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)
         return q_nope, q_rope, latent_NC, k_rope_NR
 
-    def _queries_and_latent(self, x_ND, rope_NR):
-        q_nope, q_rope, latent_NC, k_rope_NR = self._project(x_ND)
+    def _queries_and_latent(self, down_NA, rope_NR):
+        q_nope, q_rope, latent_NC, k_rope_NR = self._raise(down_NA)
         return q_nope, rotate_interleaved(q_rope, rope_NR), self.kv_a_layernorm(latent_NC), rotate_interleaved(k_rope_NR, rope_NR)
 
     def _kv(self, dtype: torch.dtype) -> torch.Tensor:
@@ -152,7 +156,12 @@ class MLA(nn.Module):
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
-        return self.o_proj(self._attend_per_head(*self._queries_and_latent(x_ND, rope_NR), segments))
+        own = x_ND.device.type != "cpu" or any(length > SHORT_ROW for _, length in segments)  # torch's attention
+        return self.o_proj(recompute.again(self.recompute, self._attend_from, self.qkv_a_proj(x_ND), rope_NR, segments,
+                                           keep_attention=own))
+
+    def _attend_from(self, down_NA, rope_NR, segments: Segments) -> torch.Tensor:
+        return self._attend_per_head(*self._queries_and_latent(down_NA, rope_NR), segments)
 
     def _attend_per_head(self, q_nope, q_rope, latent_NC, k_rope_NR, segments: Segments) -> torch.Tensor:
         """[N, H * v] over keys and values per head of these tokens alone."""
