@@ -108,6 +108,6 @@ def swiglu_linear(gate_up: torch.Tensor, weight: Weight | Sequence[Weight], offs
     what is multiplied."""
     if training(fp8):
         return fp8_linear(gate_up, weight, None, fp8, offs_E, swiglu=True)
-    h, kept = swiglu(gate_up), gate_up.detach()
-    with remade(recompute, h, lambda: swiglu(kept)):
+    h = swiglu(gate_up)
+    with remade(recompute, h, lambda: swiglu(gate_up)):
         return linear(h, weight) if offs_E is None else grouped_linear(h, weight, offs_E)
