@@ -34,12 +34,15 @@ class Block(nn.Module):
     def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None,
                 ) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
-        x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND, fused.autocast_dtype(x_ND)))
-        h = self.post_attention_layernorm(x_ND)
-        if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(h, segments, real_N)
-            return x_ND + y, routing
-        return x_ND + self.mlp(h), None
+        y_ND = attend(self.self_attn, self.input_layernorm(x_ND, fused.autocast_dtype(x_ND)))
+        norm = self.post_attention_layernorm
+        if segments is None:  # the engine's own norm takes few tokens
+            x_ND = x_ND + y_ND
+            h = norm(x_ND)
+        else:
+            x_ND, h = fused.add_norm(x_ND, y_ND, norm.weight, norm.eps, fused.autocast_dtype(x_ND))
+        y_ND, routing = self.mlp(h, segments, real_N) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        return (x_ND + y_ND if segments is None else fused.add(x_ND, y_ND)), routing
 
 
 class MTPLayer(Block):
