@@ -156,7 +156,7 @@ class MLA(nn.Module):
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
-        own = x_ND.device.type != "cpu" or any(length > SHORT_ROW for _, length in segments)  # torch's attention
+        own = x_ND.device.type != "cpu" or any(length > heads.SHORT_ROW for _, length in segments)  # torch's attention
         return self.o_proj(recompute.again(self.recompute, self._attend_from, self.qkv_a_proj(x_ND), rope_NR, segments,
                                            keep_attention=own))
 

@@ -35,13 +35,17 @@ class Block(nn.Module):
     def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None,
                 ) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
-        h = self.input_layernorm(x_ND, fused.autocast_dtype(x_ND))
+        h, norm = self.input_layernorm(x_ND, fused.autocast_dtype(x_ND)), self.post_attention_layernorm
         with recompute.remade(self.recompute, h, self.input_layernorm.again(x_ND, h.dtype)):
-            x_ND = x_ND + attend(self.self_attn, h)
-        h = self.post_attention_layernorm(x_ND)
-        with recompute.remade(self.recompute, h, self.post_attention_layernorm.again(x_ND, h.dtype)):
-            y, routing = self.mlp(h, segments, real_N) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
-        return x_ND + y, routing
+            y_ND = attend(self.self_attn, h)
+        if segments is None:  # the engine's own norm takes few tokens
+            x_ND = x_ND + y_ND
+            h = norm(x_ND)
+        else:
+            x_ND, h = fused.add_norm(x_ND, y_ND, norm.weight, norm.eps, fused.autocast_dtype(x_ND))
+        with recompute.remade(self.recompute, h, norm.again(x_ND, h.dtype)):
+            y_ND, routing = self.mlp(h, segments, real_N) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        return (x_ND + y_ND if segments is None else fused.add(x_ND, y_ND)), routing
 
 
 class MTPLayer(Block):
