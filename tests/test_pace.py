@@ -161,10 +161,11 @@ def test_an_engine_keeps_its_pace(monkeypatch, pace, speculate):
     """By a clock that every row of a forward pass moves: with a limit no token waits longer than it says, without one they do;
     and the text is what it always is."""
     model = lively(nano(max_position_embeddings=512))
-    clock = SimpleNamespace(now=0.0)
+    clock, calls = SimpleNamespace(now=0.0), []
     for name in ("forward", "forward_mtp"):
         def timed(tokens, *args, call=getattr(model, name), **kwargs):
             clock.now += 1.0 + 0.25 * len(tokens)
+            calls.append(call)
             return call(tokens, *args, **kwargs)
 
         monkeypatch.setattr(model, name, timed)
@@ -174,21 +175,24 @@ def test_an_engine_keeps_its_pace(monkeypatch, pace, speculate):
     if pace is not None:
         engine.pace.clock = lambda: clock.now
     requests = [sampled(prompt=random_ids(random.randint(50, 200)), max_tokens=random.randint(20, 60)) for _ in range(25)]
-    texts, came, gaps, rows = {}, {}, [], []
+    texts, came, gaps, rows, mixed = {}, {}, [], [], 0
     for asked in requests:
         engine.submit(asked)
     while engine.has_work:
         decoding = {s.request.request_id for s in engine.scheduler.running}
         rows.append(len(decoding))
+        reading, before = bool(engine.scheduler.prefilling), len(calls)
         for event in engine.step():
             if event.request_id in decoding:
                 gaps.append(clock.now - came[event.request_id])
             texts.setdefault(event.request_id, []).append(event.token_id)
+        mixed += len(decoding) > 0 and reading and len(calls) == before + 1 + bool(speculate)
         came |= dict.fromkeys(texts, clock.now)
         engine.scheduler.check_integrity()
     for asked in requests:
         assert len(texts[asked.request_id]) == asked.params.max_tokens
         explain(model, asked, texts[asked.request_id])
+    assert (mixed > 10) == (pace is not None), "one pass for those that decode and for prompts"
     ranked = sorted(gap for gap in gaps if gap > 0)  # in a clock's seconds: a row costs 0.25, a pass 1
     if pace:
         assert max(rows) > 1 and ranked[int(0.98 * len(ranked))] <= 1.1 * pace * engine.pace.lone
