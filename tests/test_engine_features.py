@@ -153,8 +153,9 @@ def test_drafts_of_the_same_call_are_those_of_a_call_of_their_own(drafts, monkey
     if library() is None:
         pytest.skip(why_not())
     model, made = lively(nano(vocab_size=12)), Counter()
-    crowd = [sampled(prompt=random_ids(random.randint(1, 40), 12), max_tokens=random.randint(1, 60), stop_token_ids=(2,),
-                     thinking=Thinking(END, CLOSE, random.randint(0, 20)) if i % 2 else None) for i in range(12)]
+    crowd = [sampled(prompt=random_ids(random.randint(1, 40), 12), max_tokens=random.randint(1, 60),
+                     stop_token_ids=(2,) if i % 3 else (), thinking=Thinking(END, CLOSE, random.randint(1, 6)) if i % 2 else None)
+             for i in range(24)]
     step, real = Rows.step, Drafts._made
     monkeypatch.setattr(Drafts, "_made", lambda self, *args: made.update([done := real(self, *args)]) or done)
     together, apart = engine_of(model, max_len=160, speculate=drafts), engine_of(model, max_len=160, speculate=drafts)

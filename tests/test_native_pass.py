@@ -181,11 +181,13 @@ def test_tokens_are_drawn_as_the_sampler_draws_them(vocab):
         logits[torch.rand_like(logits) < 0.2] = -torch.inf
         logits[:, vocab // 2] = logits[:, vocab // 3] = 9.0  # of equals the first
     heat = torch.where(torch.rand(400) < 0.3, 0.0, torch.rand(400) * 2 + 0.1)
+    top_p = torch.where(torch.rand(400) < 0.5, 1.0, torch.rand(400))
+    top_p[torch.rand(400) < 0.1] = 1e-30
     seeds, positions = np.random.randint(0, 2**63, 400).astype(np.uint64) * np.uint64(2), torch.randint(0, 10**6, (400,))
     with torch.inference_mode():
-        tokens, logprobs = kernels.draw(logits, heat, seeds, positions)
+        tokens, logprobs = kernels.draw(logits, heat, top_p, seeds, positions)
     noise = torch.from_numpy(uniform(seeds, positions.numpy().astype(np.uint64)))
-    expected, wanted = sample(logits, heat, torch.ones(400), noise)
+    expected, wanted = sample(logits, heat, top_p, noise)
     same = tokens == expected
     assert same[heat == 0].all() and same.float().mean() > 0.99  # a draw on the border of two tokens may go either way
     assert torch.allclose(logprobs[same], wanted[same], atol=2e-5)
@@ -195,17 +197,8 @@ def test_tokens_are_drawn_as_the_sampler_draws_them(vocab):
 def test_a_damaged_row_is_told_apart():
     logits = torch.randn(3, 40)
     logits[1, 7], logits[2, 3] = torch.nan, torch.inf
-    _, logprobs = kernels.draw(logits, torch.tensor([0.0, 1.0, 0.0]), np.zeros(3, np.uint64), torch.arange(3))
+    _, logprobs = kernels.draw(logits, torch.tensor([0.0, 1.0, 0.0]), torch.ones(3), np.zeros(3, np.uint64), torch.arange(3))
     assert logprobs[0].isfinite() and logprobs[1:].isnan().all()
-
-
-@torch.inference_mode()
-def test_rows_with_top_p_go_to_the_sampler():
-    rows = Rows(3, 1, torch.device("cpu"))
-    rows.top_p[1] = 1e-6
-    logits = torch.randn(3, 48)
-    tokens, _ = rows.choose(logits, slice(0, 3), torch.arange(3))
-    assert tokens[1] == logits[1].argmax()
 
 
 @pytest.mark.parametrize("kind", [None, "bf16", "fp8"])
@@ -254,13 +247,12 @@ def test_threads_do_not_change_a_bit(kind, rows):
 class Drawing:
     """The engine's rows with random parameters, over random pages."""
 
-    def __init__(self, model, count, narrow=False):
+    def __init__(self, model, count):
         self.model, self.rows = model, Rows(count, 6, torch.device("cpu"))
         self.rows.table.copy_(torch.randperm(6 * count).view(count, 6))
         self.rows.temperature.copy_(torch.where(torch.rand(count) < 0.5, 0.0, torch.rand(count) + 0.1))
         self.rows.seed[:] = np.random.randint(0, 2**63, count).astype(np.uint64) * np.uint64(2)
-        if narrow:
-            self.rows.top_p[count - 1], self.rows.temperature[count - 1] = 0.5, 1.0
+        self.rows.top_p.copy_(torch.where(torch.rand(count) < 0.5, 1.0, 0.7))
 
     def caches(self, layers=None):
         cells = torch.randn(layers or self.model.config.num_hidden_layers, self.rows.table.numel(), PAGE,
@@ -327,14 +319,3 @@ def test_drafts_are_drawn_as_module_by_module(kind, monkeypatch):
         if both[0] == both[1]:
             assert far(*(c.data for c in caches)) < TOLERANCE[kind]
     assert same >= total * (0.6 if kind else 0.95)  # two logits that nearly tie
-
-
-@torch.inference_mode()
-def test_a_top_p_leaves_the_draw_to_the_sampler():
-    model = lively(NETS["v3"]())
-    drawing = Drawing(model, 2, narrow=True)
-    hidden, logits, tokens, _ = model.native.step([1, 2], [1, 1], [7, 9], range(2), drawing.rows.native, model.rope,
-                                                  drawing.caches()[0])
-    assert tokens is None and logits.isfinite().all()
-    assert model.native_mtp[0].draft(hidden, [1], [3], [1], [9], [1], [2], drawing.rows.native, model.rope,
-                                     drawing.caches(1)[0]) is None

@@ -55,9 +55,9 @@ class Rows:
         positions = self.length[rows] if positions is None else positions
         seeds = self.seed[rows] if isinstance(rows, slice) else self.seed[rows.numpy()]
         temperature, top_p = self.temperature[rows], self.top_p[rows]
-        narrow = bool(((top_p < 1) & (temperature > 0)).any())
-        if not (top_p < 1).any() and (drawn := kernels.draw(logits, temperature, seeds, positions)):
+        if drawn := kernels.draw(logits, temperature, top_p, seeds, positions):
             return drawn
+        narrow = bool(((top_p < 1) & (temperature > 0)).any())
         noise = torch.from_numpy(uniform(seeds, positions.numpy().astype(np.uint64)))
         if logits.device.type == "cpu":
             return sample(logits, temperature, top_p, noise, narrow)
@@ -77,17 +77,15 @@ class Rows:
              ahead: Ahead | None = None) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
         """The rows from `first` on, each with counts[i] of the tokens, from position contexts[i] on: hidden states, logits, and
         of each the token that comes next, with its log-prob. `ahead` asks for drafts, where they come in the same call."""
-        rows, done = range(first, first + len(counts)), None
-        if self.native is not None:
-            done = model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache, ahead)
-        if done is not None and done[2] is not None:
+        rows = range(first, first + len(counts))
+        if self.native is not None and (
+                done := model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache, ahead)):
             return done
         meta = build_meta(self.table[first : rows.stop], contexts, counts, cache.page_size)
-        if done is None:
-            hidden = model(torch.tensor(tokens, device=self.table.device), meta.positions_N, cache, meta)
-            done = hidden, model.logits(hidden)
-        drawn, logprobs = self.choose(done[1], meta.sequence_N.cpu() + first, meta.positions_N.cpu() + 1)
-        return *done[:2], drawn.tolist(), logprobs.tolist()
+        hidden = model(torch.tensor(tokens, device=self.table.device), meta.positions_N, cache, meta)
+        logits = model.logits(hidden)
+        drawn, logprobs = self.choose(logits, meta.sequence_N.cpu() + first, meta.positions_N.cpu() + 1)
+        return hidden, logits, drawn.tolist(), logprobs.tolist()
 
     def tables(self, sequences: list[Sequence]) -> torch.Tensor:
         """A page table of any sequences, in a row or not."""

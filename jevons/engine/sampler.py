@@ -56,7 +56,7 @@ def sample(logits_SV: torch.Tensor, temperature_S: torch.Tensor, top_p_S: torch.
 
 def keep_top_p(probs_SV: torch.Tensor, top_p_S: torch.Tensor) -> torch.Tensor:
     """Zero all but the smallest set of most likely tokens whose probability reaches top_p (at least one)."""
-    ranked, order = probs_SV.sort(dim=-1, descending=True)
+    ranked, order = probs_SV.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
     # a top_p too small for float32 is 0 by now, and would leave none
     ranked = ranked.masked_fill((before >= top_p_S[:, None]) & (before > 0), 0.0)

@@ -97,7 +97,7 @@ class Ahead:
         self.drafts: list[int] | None = None
 
 
-DONE, NO_PAGE, OUTSIDE, NOT_DRAWN = range(4)  # `Outcome` of pass.cpp
+NO_PAGE, OUTSIDE = 1, 2  # `Outcome` of pass.cpp
 Held = list[tuple[dict[str, Any], str, Any]]  # where a weight is looked up, its name, itself
 
 
@@ -144,10 +144,9 @@ class NativePass:
 
     def step(self, tokens: list[int], counts: list[int], contexts: list[int], rows: Sequence[int], params: CRows,
              rope: torch.Tensor, cache: KVCache, ahead: Ahead | None = None,
-             ) -> tuple[torch.Tensor, torch.Tensor, list[int] | None, list[float]] | None:
+             ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]] | None:
         """Sequences' tokens, counts[i] from position contexts[i] on: hidden states [N, D], logits [N, V], and the token that row
-        rows[i] draws after each, with its log-prob; None for the tokens where a top_p is in the way. None, and IndexError, as
-        above."""
+        rows[i] draws after each, with its log-prob. None, and IndexError, as above."""
         like, n, room = self.modules[2].weight, len(tokens), ()
         if not self._fits(like, n, cache) or self.head is None:
             return None
@@ -168,8 +167,6 @@ class NativePass:
             draft = ahead.module._draft(rope, ahead.cache, None, None, None, room_at, ahead.most, drafts)
         outcome = library().jevons_step(self.array, len(self.array), ctypes.byref(call), ctypes.byref(step),
                                         draft and ctypes.byref(draft))
-        if outcome == NOT_DRAWN:
-            return out, logits, None, []
         _check(outcome, len(counts))
         if ahead is not None:
             ahead.drafts = drafts[:]
@@ -188,8 +185,6 @@ class NativePass:
         draft = self._draft(rope, cache, flat, hidden.data_ptr(), last_at, wanted_at, most, drafts)
         step.kept = array
         outcome = library().jevons_draft(ctypes.byref(step), ctypes.byref(draft))
-        if outcome == NOT_DRAWN:
-            return None
         _check(outcome, len(counts))
         return [drafts[i * most : i * most + count] for i, count in enumerate(wanted)]
 

@@ -119,16 +119,17 @@ def gate(x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | Non
     return chosen, weights, rows, load
 
 
-def draw(logits_SV: torch.Tensor, temperature_S: torch.Tensor, seeds_S: np.ndarray, positions_S: torch.Tensor,
-         ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Tokens and log-probs as `engine.sampler` draws them, without top-p. Seeds are uint64."""
+def draw(logits_SV: torch.Tensor, temperature_S: torch.Tensor, top_p_S: torch.Tensor, seeds_S: np.ndarray,
+         positions_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Tokens and log-probs as `engine.sampler` draws them. Seeds are uint64."""
     if not usable(logits_SV) or not len(logits_SV):
         return None
-    flat, temperature, positions = _flat(logits_SV), temperature_S.contiguous(), positions_S.contiguous()
+    flat, positions = _flat(logits_SV), positions_S.contiguous()
+    temperature, top_p = temperature_S.contiguous(), top_p_S.contiguous()
     seeds = np.ascontiguousarray(seeds_S)
     tokens, logprobs = torch.empty(len(flat), dtype=torch.int64), torch.empty(len(flat))
     library().jevons_draw(flat.data_ptr(), flat.stride(0), KINDS[flat.dtype], *flat.shape, temperature.data_ptr(),
-                          seeds.ctypes.data, positions.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
+                          top_p.data_ptr(), seeds.ctypes.data, positions.data_ptr(), tokens.data_ptr(), logprobs.data_ptr())
     return tokens, logprobs
 
 

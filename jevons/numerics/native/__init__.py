@@ -93,7 +93,7 @@ SIGNATURES = {
     "jevons_move_heads": [c_int64, c_int64, c_void_p, c_int64, c_int64, CMatrix, c_void_p, c_int32],
     "jevons_causal_softmax": [CMatrix, c_int64, c_int64, c_float],
     "jevons_causal_softmax_grad": [CMatrix, CMatrix, c_int64, c_int64, c_float],
-    "jevons_draw": [*_MATRIX, c_int64, c_int64, *[c_void_p] * 5],
+    "jevons_draw": [*_MATRIX, c_int64, c_int64, *[c_void_p] * 6],
     "jevons_pass": [c_void_p, c_int64, c_void_p],
     "jevons_step": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p],
     "jevons_draft": [c_void_p, c_void_p],

@@ -74,7 +74,7 @@ void jevons_gate(const Choice* choice, void* from, int64_t stride, int32_t bf16,
                  int32_t weight_bf16, const float* bias, int64_t* chosen, float* weights, int64_t* rows, float* load_E);
 void jevons_experts(const Routed* routed, const Expert* shared, void* from, int64_t stride, int32_t bf16, int64_t n, void* to);
 void jevons_draw(void* logits, int64_t stride, int32_t bf16, int64_t n, int64_t vocabulary, const float* temperature,
-                 const uint64_t* seeds, const int64_t* positions, int64_t* tokens, float* logprobs);
+                 const float* top_p, const uint64_t* seeds, const int64_t* positions, int64_t* tokens, float* logprobs);
 int paged_store(const paged::Heads* h, const paged::Batch* b, int from_type, void* values, int64_t values_token, void* rotary,
                 int64_t rotary_token, int64_t rotary_head, int norm_type, const void* norm, const float* rope, int cell_type,
                 void* layer, int64_t pages);

@@ -86,12 +86,12 @@ struct Draft {
   int64_t* drafts;
 };
 
-enum Outcome : int32_t { DONE, NO_PAGE, OUTSIDE, NOT_DRAWN };
+enum Outcome : int32_t { DONE, NO_PAGE, OUTSIDE };
 
 namespace {
 struct Scratch {
   std::vector<uint8_t> x, out, normed, qkv, ranked, query, absorbed, seen, heads, added, pairs, picked, logits;
-  std::vector<float> rope, weights, load, heat, logprobs;
+  std::vector<float> rope, weights, load, heat, top_p, logprobs;
   std::vector<int64_t> chosen, rows, starts, positions, table, next;
   std::vector<int64_t> live, from, rows_of, contexts, ones, tokens;  // of a draft
   std::vector<int64_t> counts, last, wanted, follow;                 // of the tokens that a step has accepted
@@ -271,16 +271,13 @@ void head(const Step& step, const Call& call, void* hidden, int64_t n, void* log
 void draw(const Step& step, const Call& call, void* logits, int64_t n, const int64_t* rows, const int64_t* at, int64_t* tokens,
           float* logprobs) {
   Scratch& s = Scratch::own();
-  s.heat.resize(n), s.seeds.resize(n), s.next.resize(n);
-  for (int64_t i = 0; i < n; i++)
-    s.heat[i] = step.all->temperature[rows[i]], s.seeds[i] = step.all->seeds[rows[i]], s.next[i] = at[i] + 1;
-  jevons_draw(logits, step.head.rows, call.bf16, n, step.head.rows, s.heat.data(), s.seeds.data(), s.next.data(), tokens, logprobs);
-}
-
-bool narrow(const Step& step) {
-  for (int64_t i = 0; i < step.sequences; i++)
-    if (step.all->top_p[step.rows[i]] < 1 && step.all->temperature[step.rows[i]] > 0) return true;
-  return false;
+  s.heat.resize(n), s.top_p.resize(n), s.seeds.resize(n), s.next.resize(n);
+  for (int64_t i = 0; i < n; i++) {
+    s.heat[i] = step.all->temperature[rows[i]], s.top_p[i] = step.all->top_p[rows[i]];
+    s.seeds[i] = step.all->seeds[rows[i]], s.next[i] = at[i] + 1;
+  }
+  jevons_draw(logits, step.head.rows, call.bf16, n, step.head.rows, s.heat.data(), s.top_p.data(), s.seeds.data(), s.next.data(), tokens,
+              logprobs);
 }
 
 // The MTP module over the hidden states of a step's tokens and the `tokens` after them, then over its own states and what it drew.
@@ -332,9 +329,8 @@ Outcome run_drafts(const Step& step, const Draft& draft, const int64_t* tokens) 
 // Tokens and positions may lie outside their tables, and pages outside the cache: then it says so.
 extern "C" int32_t jevons_pass(const Block* blocks, int64_t count, const Call* call) { return run_tokens(*call, blocks, count); }
 
-// The same for a step's tokens, with logits and a token drawn for each; where a row has a top_p under 1 nothing is drawn. Given a
-// `draft`, each sequence's tokens but the first are drafts: those are accepted that are what was drawn, and new ones are made,
-// wanted[s] less those accepted.
+// The same for a step's tokens, with logits and a token drawn for each. Given a `draft`, each sequence's tokens but the first
+// are drafts: those are accepted that are what was drawn, and new ones are made, wanted[s] less those accepted.
 extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* given, const Step* step, const Draft* draft) {
   Scratch& s = Scratch::own();
   Call call = *given;
@@ -342,7 +338,6 @@ extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* g
   call.batch = &batch, call.positions = s.positions.data();
   if (const Outcome outcome = run_tokens(call, blocks, count)) return outcome;
   head(*step, call, call.out, call.n, step->logits);
-  if (narrow(*step)) return NOT_DRAWN;
   s.from.clear();
   for (int64_t i = 0; i < step->sequences; i++) s.from.insert(s.from.end(), step->counts[i], step->rows[i]);
   draw(*step, call, step->logits, call.n, s.from.data(), call.positions, step->drawn, step->logprobs);
@@ -364,6 +359,6 @@ extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* g
 
 // Drafts after a step's tokens, given the tokens that follow them.
 extern "C" int32_t jevons_draft(const Step* step, const Draft* draft) {
-  return narrow(*step) ? NOT_DRAWN : run_drafts(*step, *draft, draft->call->tokens);
+  return run_drafts(*step, *draft, draft->call->tokens);
 }
 

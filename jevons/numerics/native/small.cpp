@@ -168,10 +168,27 @@ extern "C" void jevons_heads(void* x, int64_t token, int64_t head, int32_t bf16,
   multiply_heads({x, token, head, y, out, n * out, n, heads, in, out, w, w_head, bf16, w_bf16, across});
 }
 
-// Tokens of n rows of logits, and their log-probabilities with the row's temperature (0: greedy, and as with 1). The noise of a
-// token is a function of its seed and position: engine/sampler.py, which draws the same.
+namespace {
+// Zeroes all but the fewest of the largest numbers whose sum is enough (one at least), of equals the first. Their sum.
+double keep_largest(float* p, int64_t n, double enough) {
+  static thread_local std::vector<std::pair<float, int64_t>> heap;
+  heap.clear();
+  for (int64_t i = 0; i < n; i++)
+    if (p[i] > 0) heap.push_back({p[i], -i}), p[i] = 0;
+  std::make_heap(heap.begin(), heap.end());
+  double sum = 0;
+  for (auto end = heap.end(); end != heap.begin() && (sum == 0 || sum < enough);) {
+    std::pop_heap(heap.begin(), end--);
+    p[-end->second] = end->first, sum += end->first;
+  }
+  return sum;
+}
+}  // namespace
+
+// Tokens of n rows of logits, and their log-probabilities with the row's temperature (0: greedy, and as with 1), before top-p. The
+// noise of a token is a function of its seed and position: engine/sampler.py, which draws the same.
 extern "C" void jevons_draw(void* logits, int64_t stride, int32_t bf16, int64_t n, int64_t vocabulary, const float* temperature,
-                            const uint64_t* seeds, const int64_t* positions, int64_t* tokens, float* logprobs) {
+                            const float* top_p, const uint64_t* seeds, const int64_t* positions, int64_t* tokens, float* logprobs) {
   const Matrix x = {(uint8_t*)logits, stride, bf16};
   Pool::get().run(n, 1, n * vocabulary >= (1 << 18) ? omp_get_max_threads() : 1, [&](int64_t m) {
     thread_local std::vector<float> kept;
@@ -201,7 +218,8 @@ extern "C" void jevons_draw(void* logits, int64_t stride, int32_t bf16, int64_t 
       uint64_t z = seeds[m] * 0x9E3779B97F4A7C15 + (uint64_t)positions[m] * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D;
       z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
       z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-      const double point = ((z ^ (z >> 31)) >> 11) * 0x1p-53 * total;
+      const double kept = top_p[m] < 1 ? keep_largest(p, vocabulary, top_p[m] * total) : total;
+      const double point = ((z ^ (z >> 31)) >> 11) * 0x1p-53 * kept;
       double before = 0, inside = 0;
       int64_t chosen = 0;  // the block where the cumulative sum passes the point, or the last that has any
       for (int64_t block = 0; block < blocks; block++) {
