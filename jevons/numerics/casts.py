@@ -48,7 +48,7 @@ _here = threading.local()
 
 @contextmanager
 def micro_batch(casts: Casts | None) -> Iterator[Kept | None]:
-    """What this thread records meanwhile reads weights from `casts` (None: as autocast does)."""
+    """What this thread records, or records again, meanwhile reads weights from `casts` (None: as autocast does)."""
     kept = None if casts is None else Kept(casts)
     before, _here.kept = getattr(_here, "kept", None), kept
     try:

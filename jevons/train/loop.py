@@ -198,7 +198,7 @@ class Loop:
         def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
             with micro_batch(casts) as kept:
                 parts = loss(micro)
-            grads = torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)
+                grads = torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)  # which may compute anew
             return parts, grads if kept is None else tuple(map(kept.beside, self._parameters, grads))
 
         threads = min(len(update), torch.get_num_threads())
