@@ -116,15 +116,6 @@ def add(x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
     return _Add.apply(x, more) if _adds(x, more) else x + more
 
 
-def widen_into(total: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    """total += more, which may be of less precision."""
-    if not _adds(total, more):
-        return total.add_(more)
-    rows = _rows(more) if more.dim() > 1 else more[None]
-    library().jevons_add(total.data_ptr(), _matrix(rows), *rows.shape, total.data_ptr())
-    return total
-
-
 def add_norm(x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + more, and the `rms_norm` of that."""

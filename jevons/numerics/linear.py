@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from jevons.numerics.casts import keeping, product
 from jevons.numerics.fp8_gemm import grouped_mm
 from jevons.numerics.fp8_linear import Fp8, fp8_linear, training
 from jevons.numerics.fused import swiglu
@@ -74,8 +73,6 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, fp
     if training(fp8):
         return fp8_linear(x, weight, bias, fp8)
     if isinstance(weight, torch.Tensor):
-        if bias is None and (kept := keeping(x, weight)) is not None:
-            return product(x, weight, kept)
         out = linear_dense(x, weight, bias)
         return F.linear(x, weight, bias) if out is None else out
     return weight.linear(x, bias)
@@ -99,8 +96,6 @@ def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], o
         ends = offs_E.tolist()
         outs = [linear(x_MD[begin:end], w) for w, begin, end in zip(w_EFD, [0, *ends], ends, strict=False) if end > begin]
         return torch.cat(outs)
-    if (kept := keeping(x_MD, w_EFD)) is not None:
-        return product(x_MD, w_EFD, kept, offs_E)
     if torch.is_autocast_enabled(x_MD.device.type):
         dtype = torch.get_autocast_dtype(x_MD.device.type)
         x_MD, w_EFD = x_MD.to(dtype), w_EFD.to(dtype)

@@ -17,7 +17,6 @@ import torch
 from jevons.model import CausalLM
 from jevons.model.precision import set_training_precision
 from jevons.numerics import Fp8
-from jevons.numerics.casts import Casts, accumulate, micro_batch
 from jevons.numerics.memory import on_device
 from jevons.plan import dollars
 from jevons.recipe import GuardTable, OptimizerTable
@@ -148,7 +147,7 @@ class Loop:
             for place, (micro, (parts, grads)) in enumerate(zip(update, self._gradients(update), strict=True)):
                 for parameter, grad in zip(self._parameters, grads, strict=True):
                     if grad is not None:
-                        parameter.grad = accumulate(parameter.grad, grad)
+                        parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
                 counts = not self.parallel or self.parallel.real(place)
                 for key, value in (parts.sums | {"flops": self.objective.flops(micro) * counts}).items():
                     sums[key] = sums.get(key, 0.0) + value
@@ -179,7 +178,7 @@ class Loop:
 
     def _gradients(self, update: list[Any]) -> Iterator[tuple[LossParts, tuple[torch.Tensor | None, ...]]]:
         """Loss and gradients of each micro-batch, in order. On CPU cores take one each: two threads that share every small
-        operation of one micro-batch spend a fourth of their time waiting for each other. Gradients may be in `dtype`."""
+        operation of one micro-batch spend a fourth of their time waiting for each other."""
         place = self.model.embed_tokens.weight.device
         device, dtype = place.type, self.settings.dtype
 
@@ -193,13 +192,9 @@ class Loop:
             yield from ((parts, (None,) * len(self._parameters)) for parts in self.parallel.gradients(update, loss))
             return
 
-        casts = Casts(dtype) if device == "cpu" and dtype == torch.bfloat16 else None
-
         def one(micro: Any) -> tuple[LossParts, tuple[torch.Tensor | None, ...]]:
-            with micro_batch(casts) as kept:
-                parts = loss(micro)
-                grads = torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)  # which may compute anew
-            return parts, grads if kept is None else tuple(map(kept.beside, self._parameters, grads))
+            parts = loss(micro)
+            return parts, torch.autograd.grad(parts.loss, self._parameters, allow_unused=True)
 
         threads = min(len(update), torch.get_num_threads())
         if device != "cpu" or threads < 2:
