@@ -302,7 +302,8 @@ class Engine:
             self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
         if not chunks:
             asked = max(map(len, drafts))
-            seconds = time.perf_counter() - self._begun if asked else passed  # no drafts: what the module does is for a comparison
+            # without drafts, what the module does is for a comparison
+            seconds = time.perf_counter() - self._begun if asked else passed
             mean = sum(sequence.computed - start for sequence, start in zip(running, starts, strict=True)) / count
             self.drafts.speculation.record(count, asked, seconds, mean)
         for sequence in (s for s, _ in chunks if s not in ended):
