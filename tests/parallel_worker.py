@@ -97,7 +97,7 @@ class Result:
 
 
 def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matrices="muon", micros=4, save_every=1000, slow=0.0,
-          reads_own=False, fp8=None, **changes):
+          reads_own=False, fp8=None, recompute=False, **changes):
     """`steps` steps of one process (`mesh` None), or of this process's place in the mesh. `slow`: seconds each step waits;
     `reads_own`: the objective hands out this process's micro-batches only."""
     from jevons.train.parallel.layouts import layout
@@ -121,7 +121,8 @@ def train(directory, mesh=None, world=None, dtype=torch.float64, steps=4, matric
         time.sleep(slow)
 
     settings = LoopSettings("test", directory, OptimizerTable(matrices=matrices, lr=1e-3, warmup_steps=2), save_every,
-                            torch.float32, 1.0, fp8=fp8, on_step=on_step, parallel=parallel)
+                            torch.float32, 1.0, fp8=fp8, recompute=recompute, on_step=on_step,
+                            parallel=parallel)
     leads = world is None or world.leads
     with (MetricsLog(directory / "metrics.jsonl") if leads else Silent()) as log:
         loop = Loop(model, objective, settings, log)

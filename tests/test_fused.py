@@ -54,6 +54,22 @@ def test_a_norm_may_round_its_output_alone():
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (65, 40), (200, 128)])
+def test_add_norm(shape, dtype):
+    """Both results at once, so that the gradients of both meet."""
+    def exact(x, more, w):
+        return torch.cat([x + more, F.rms_norm(x + more, w.shape, w, 1e-6)], 1)
+
+    x, more = torch.randn(shape).requires_grad_(), leaf(*shape, dtype=dtype)
+    inputs = [x, more, torch.randn(shape[1]).requires_grad_()]
+    check(lambda *t: torch.cat(fused.add_norm(*t, 1e-6), 1), exact, inputs, dtype)
+    total, out = fused.add_norm(*inputs, 1e-6, torch.bfloat16)
+    assert torch.equal(total, x + more) and torch.equal(out, fused.rms_norm(total, inputs[2], 1e-6, torch.bfloat16))
+    check(fused.add, lambda a, b: a + b, [x, more], dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 2 * 17), (130, 2 * 64), (2, 3, 2 * 40)])
 def test_swiglu(shape, dtype):
     def exact(h):

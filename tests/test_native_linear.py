@@ -66,7 +66,7 @@ def native(request, libraries, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: library)
     monkeypatch.setattr(kernels, "LEAST_F32", 0)
     for dtype in DTYPES:  # more than where they are the faster way
-        monkeypatch.setitem(kernels.FEW, dtype, 20)
+        monkeypatch.setitem(kernels.FEW, dtype, 400)
     with torch.no_grad():
         yield library
 
@@ -171,7 +171,8 @@ def test_rows_do_not_depend_on_each_other(native):
     """Packed into integers, a row's product is the same to the bit, alone or among others."""
     for rows in (random.randint(4, 20), random.randint(21, 130)):  # tiles of AMX are 16 rows
         out, columns = random_shape()
-        x, weight = torch.randn(rows, columns), IntWeight.of(torch.randn(out, columns), random.choice([4, 8]), random.choice([32, 128]))
+        weight = IntWeight.of(torch.randn(out, columns), random.choice([4, 8]), random.choice([32, 128]))
+        x = torch.randn(rows, columns)
         together = linear(x, weight)
         assert all(torch.equal(linear(x[i : i + 1], weight)[0], together[i]) for i in range(rows))
 
@@ -273,7 +274,8 @@ def packed_bank(bank, kind):
 
 @pytest.mark.parametrize("kind", ["stacked", "lists", "fp8", "int8", "int4"])
 def test_experts_for_few_tokens(native, kind):
-    for n, k, allowed, shared in ((1, 1, None, False), (1, 3, None, True), (9, 2, [1, 4], False), (17, 2, None, True), (90, 2, None, True)):
+    for n, k, allowed, shared in ((1, 1, None, False), (1, 3, None, True), (9, 2, [1, 4], False), (17, 2, None, True),
+                                  (90, 2, None, True)):
         dim, inter = (random.randint(1, 22) * 4 if kind == "stacked" else random.randint(3, 90) for _ in range(2))
         bank, routing = random_bank(6, dim, inter), random_routing(n, k, 6, allowed)
         mlp = None

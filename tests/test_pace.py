@@ -73,10 +73,10 @@ def test_nobody_starves(cost, limit, requests):
 
 
 @given(costs, st.floats(1.5, 8.0), st.floats(0.0, 0.15), st.integers(0, 10**6))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)  # a bound on what is learned under noise, no law
 def test_a_limit_holds_and_is_used(cost, limit, noise, seed):
     """Under more requests than can be served: but for the first steps, and where one row and the least of a chunk are too much
-    already, 98 of 100 steps are within the limit; and there is no room for two more rows."""
+    already, 98 of 100 steps are within the limit; and there is no room for half as many rows more."""
     rng, lone = random.Random(seed), cost(1, 0)
     assume(cost(2, LEAST_CHUNK) < 0.7 * limit * lone)
     world = World(Pace(limit), lambda rows, prompt: cost(rows, prompt) * rng.lognormvariate(0, noise))
@@ -90,7 +90,7 @@ def test_a_limit_holds_and_is_used(cost, limit, noise, seed):
     over = sum(seconds > limit * lone * 1.1 for rows, _, seconds in late if rows)
     assert over <= 0.02 * len(late)
     most = max(rows for rows, *_ in late)
-    assert most == 16 or cost(most + 2, LEAST_CHUNK) > 0.45 * limit * lone
+    assert most == 16 or cost(most + 2 + most // 2, LEAST_CHUNK) > 0.45 * limit * lone
 
 
 def test_the_lone_step_is_found_out_first():
@@ -161,36 +161,41 @@ def test_an_engine_keeps_its_pace(monkeypatch, pace, speculate):
     """By a clock that every row of a forward pass moves: with a limit no token waits longer than it says, without one they do;
     and the text is what it always is."""
     model = lively(nano(max_position_embeddings=512))
-    clock = SimpleNamespace(now=0.0)
+    clock, calls = SimpleNamespace(now=0.0), []
     for name in ("forward", "forward_mtp"):
         def timed(tokens, *args, call=getattr(model, name), **kwargs):
             clock.now += 1.0 + 0.25 * len(tokens)
+            calls.append(call)
             return call(tokens, *args, **kwargs)
 
         monkeypatch.setattr(model, name, timed)
     monkeypatch.setattr("jevons.engine.engine.time", SimpleNamespace(perf_counter=lambda: clock.now))
     engine = Engine(model, -1, max_batch=12, max_len=300, max_waiting=100, pace=pace, speculate=speculate)
+    monkeypatch.setattr(engine.rows, "native", None)  # so that every pass is a forward pass
     if pace is not None:
         engine.pace.clock = lambda: clock.now
     requests = [sampled(prompt=random_ids(random.randint(50, 200)), max_tokens=random.randint(20, 60)) for _ in range(25)]
-    texts, came, gaps, rows = {}, {}, [], []
+    texts, came, gaps, rows, mixed = {}, {}, [], [], 0
     for asked in requests:
         engine.submit(asked)
     while engine.has_work:
         decoding = {s.request.request_id for s in engine.scheduler.running}
         rows.append(len(decoding))
+        reading, before = bool(engine.scheduler.prefilling), len(calls)
         for event in engine.step():
             if event.request_id in decoding:
                 gaps.append(clock.now - came[event.request_id])
             texts.setdefault(event.request_id, []).append(event.token_id)
+        mixed += len(decoding) > 0 and reading and len(calls) == before + 1 + bool(speculate)
         came |= dict.fromkeys(texts, clock.now)
         engine.scheduler.check_integrity()
     for asked in requests:
         assert len(texts[asked.request_id]) == asked.params.max_tokens
         explain(model, asked, texts[asked.request_id])
+    assert (mixed > 10) == (pace is not None), "one pass for those that decode and for prompts"
     ranked = sorted(gap for gap in gaps if gap > 0)  # in a clock's seconds: a row costs 0.25, a pass 1
     if pace:
         assert max(rows) > 1 and ranked[int(0.98 * len(ranked))] <= 1.1 * pace * engine.pace.lone
     else:
-        assert max(rows) == 12 and ranked[-1] > 1.1 * 4.0 * 1.25
+        assert max(rows) == 12 and ranked[-1] > 4.0, "all are admitted, and prompts ride with them"
         assert (ranked[-1] > 20.0) == (pace is None), "a whole prompt rides only where no clock looks at it"

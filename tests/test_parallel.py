@@ -27,8 +27,9 @@ pytestmark = pytest.mark.timeout(600)  # where many other programs want the core
 CLOSE = 1e-9  # over 4 steps; benchmarks/parallel_parity.py takes 20, in float32 too
 STEPS, KEPT = 4, 2  # states every two steps, the last two kept
 TWO = {"fsdp own": dict(data=2, train=dict(reads_own=True)), "fsdp": dict(data=2), "experts": dict(expert=2),
-       "1f1b": dict(pipeline=2), "zbv": dict(pipeline=2, schedule="zbv"), "dualpipev": dict(pipeline=2, schedule="dualpipev")}
-FOUR = {"fsdp": dict(data=4), "experts": dict(expert=4), "both": dict(data=2, expert=2)}
+       "1f1b": dict(pipeline=2), "zbv": dict(pipeline=2, schedule="zbv", train=dict(recompute=True)),
+       "dualpipev": dict(pipeline=2, schedule="dualpipev")}
+FOUR = {"fsdp": dict(data=4), "experts": dict(expert=4), "both": dict(data=2, expert=2, train=dict(recompute=True))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,7 +122,8 @@ def test_fp8_on_two_processes(tmp_path):
     """Training in FP8 is what one process makes of it: tiles are the same whatever is sharded, and in float64 around them only
     experts' float32 sums differ, by the company of their rows. Dispatch in FP8: other numbers, the same course."""
     tiles, small = dict(fp8=Fp8(), matrices="adamw"), dict(dtype=torch.float32, micros=2)
-    tables = {"fsdp": dict(data=2, train=tiles), "experts": dict(expert=2, train=tiles), "1f1b": dict(pipeline=2, train=tiles),
+    again = tiles | dict(recompute=True)
+    tables = {"fsdp": dict(data=2, train=again), "experts": dict(expert=2, train=again), "1f1b": dict(pipeline=2, train=again),
               "dispatch": dict(expert=2, fp8_dispatch=True, train=small)}
     results = worker.run(2, worker.layouts, (tables, tmp_path, {}), tmp_path)
     alone = worker.train(tmp_path / "alone", **tiles)

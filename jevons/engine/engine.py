@@ -198,16 +198,15 @@ class Engine:
                     self.drafts.pop(sequence, None)
 
     def _advance(self) -> tuple[list[TokenEvent], int, int]:
-        """A token or more for all that run, and a chunk of the prompts, in one pass where that may be: (events, rows that
-        decoded, tokens of prompts)."""
+        """A token or more for all that run, and a chunk of the prompts, in one pass where a pace is to be kept: (events, how
+        many rows decoded, tokens of prompts)."""
         for sequence in list(self.scheduler.running):
             more = 1 + len(self.drafts.get(sequence, ())) if self.drafts else 1
             if sequence.row is not None and sequence.computed + more > len(sequence.pages) * PAGE:
                 self._grow(sequence)
         running, chunks = list(self.scheduler.running), self._chunks()
         rows, prompt = len(running), sum(count for _, count in chunks)
-        padded = (rows + len(chunks)) * max((count for _, count in chunks), default=0)
-        if rows and chunks and rows + prompt <= MIXED and padded <= PREFILL_TOKENS and not (self.graphs or self.deterministic):
+        if rows and 0 < prompt <= MIXED - rows and self.pace and not (self.graphs or self.deterministic):
             return self._pass(running, chunks), rows, prompt
         events = self._decode(running) if running else []
         for call in in_calls(chunks, PREFILL_TOKENS):

@@ -17,7 +17,7 @@ from jevons.engine.scheduler import Sequence
 from jevons.model import CausalLM, KVCache, build_meta
 
 SHARED = 16  # rows, or prompts, of a small model from which every core runs its share of them by itself
-MIXED = 256  # tokens up to which prompts and rows share a pass; more, and prompts are cheaper in passes of their own
+MIXED = 256  # tokens that rows and prompts may have in one pass; with more, it saves little
 
 
 class Passes:

@@ -14,7 +14,7 @@ from torch import nn
 from jevons.config import ModelConfig
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm, rotate_half, rotate_interleaved
-from jevons.numerics import heads, kernels, paged, triton_mla
+from jevons.numerics import heads, kernels, paged, recompute, triton_mla
 from jevons.numerics.heads import Segments
 from jevons.numerics.native import CWidths
 from jevons.numerics.paged import Heads
@@ -131,12 +131,16 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, INNER_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, self.heads * (self.nope + self.v))
         self.o_proj = Linear(self.heads * self.v, c.hidden_size)
+        self.recompute = False  # see model/precision.py
         self.widths = CWidths(self.heads, self.nope, self.rope, self.v)
         self.paged = paged.latent_heads(self.heads, c.kv_lora_rank, self.rope, self.scale, INNER_EPS)
 
     def _project(self, x_ND):
         """Queries [N, H * (nope + R)], latent and shared key, as the projections give them."""
-        q, latent_NC, k_rope_NR = self.qkv_a_proj(x_ND).split(self.split, dim=-1)
+        return self._raise(self.qkv_a_proj(x_ND))
+
+    def _raise(self, down_NA):
+        q, latent_NC, k_rope_NR = down_NA.split(self.split, dim=-1)
         if self.config.q_lora_rank:
             q = self.q_b_proj(self.q_a_layernorm(q))
         return q, latent_NC, k_rope_NR
@@ -152,13 +156,18 @@ class MLA(nn.Module):
 
     def expanded(self, x_ND, rope_NR, segments: Segments) -> torch.Tensor:
         """Training rows: per-head keys and values, no cache."""
-        q_NA, latent_NC, k_rope_NR = self._project(x_ND)
+        own = x_ND.device.type != "cpu" or any(length > heads.SHORT_ROW for _, length in segments)  # torch's attention
+        return self.o_proj(recompute.again(self.recompute, self._attend_from, self.qkv_a_proj(x_ND), rope_NR, segments,
+                                           keep_attention=own))
+
+    def _attend_from(self, down_NA, rope_NR, segments: Segments) -> torch.Tensor:
+        q_NA, latent_NC, k_rope_NR = self._raise(down_NA)
         kv_NB = self.kv_b_proj(self.kv_a_layernorm(latent_NC))
         if heads.usable(q_NA, kv_NB, k_rope_NR, segments):
-            return self.o_proj(heads.causal(q_NA, kv_NB, k_rope_NR, rope_NR, self.widths, segments, self.scale))
+            return heads.causal(q_NA, kv_NB, k_rope_NR, rope_NR, self.widths, segments, self.scale)
         q_nope, q_rope = self._parts(q_NA)
         rotated = rotate_interleaved(q_rope, rope_NR), rotate_interleaved(k_rope_NR, rope_NR)
-        return self.o_proj(self._attend_per_head(q_nope, rotated[0], kv_NB, rotated[1], segments))
+        return self._attend_per_head(q_nope, rotated[0], kv_NB, rotated[1], segments)
 
     def _attend_per_head(self, q_nope, q_rope, kv_NB, k_rope_NR, segments: Segments) -> torch.Tensor:
         """[N, H * v] over keys and values per head of these tokens alone."""

@@ -90,6 +90,10 @@ class RMSNorm(nn.Module):
         out = kernels.rms_norm(x, self.weight, self.eps) if dtype in (None, x.dtype) else None
         return fused.rms_norm(x, self.weight, self.eps, dtype) if out is None else out
 
+    def again(self, x: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """What gives `forward`'s output of a training pass once more."""
+        return lambda: fused.rms_norm(x, self.weight, self.eps, dtype)
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x), gate and up fused."""
@@ -100,6 +104,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inter, dim)
         self.table = kernels.ExpertTable()
         self.fp8: Fp8 | None = None  # of SwiGLU and down_proj
+        self.recompute = False
 
     def ready(self, x_ND: torch.Tensor) -> bool:
         """Whether the native kernel may take this MLP and `x_ND`."""
@@ -110,7 +115,7 @@ class MLP(nn.Module):
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         if self.ready(x_ND) and len(x_ND) <= (kernels.FEW_FP8 if self.table.compact else kernels.FEW[x_ND.dtype]):
             return kernels.experts(x_ND, None, None, None, self.table)
-        return swiglu_linear(self.gate_up_proj(x_ND), self.down_proj.weight, fp8=self.fp8)
+        return swiglu_linear(self.gate_up_proj(x_ND), self.down_proj.weight, fp8=self.fp8, recompute=self.recompute)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

@@ -117,6 +117,7 @@ class ExpertBank(nn.Module):
         self.table = kernels.ExpertTable()
         self.fp8_up: Fp8 | None = None  # see model/precision.py
         self.fp8_down: Fp8 | None = None
+        self.recompute = False
         self.watch: Callable[[ExpertBank, torch.Tensor], None] | None = None  # told what each call is about to read
 
     def hf_views(self, name: str) -> Iterator[HFView]:
@@ -171,7 +172,7 @@ class ExpertBank(nn.Module):
             offs_E = (starts_E[:, None] + routing.rows_ES.cumsum(1)).to(torch.int32)
             offs_E[:, -1] = ends_E
         gate_up = grouped_linear(x_MD, self.gate_up_proj, offs_E, self.fp8_up)
-        y_MD = swiglu_linear(gate_up, self.down_proj, offs_E, self.fp8_down)
+        y_MD = swiglu_linear(gate_up, self.down_proj, offs_E, self.fp8_down, self.recompute)
         return fused.combine(y_MD, cell_NK, routing.weights_NK)
 
 

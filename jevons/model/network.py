@@ -18,7 +18,7 @@ from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import MLP, Fetch, HFView, Linear, RMSNorm, rotary_table
 from jevons.model.moe import Gate, MoE, Routing
 from jevons.model.native_pass import NativePass
-from jevons.numerics import fused
+from jevons.numerics import fused, recompute
 
 
 class Block(nn.Module):
@@ -30,16 +30,22 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.layer_is_moe(index) else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # see model/precision.py
 
     def forward(self, x_ND, attend, segments: Segments | None = None, real_N: torch.Tensor | None = None,
                 ) -> tuple[torch.Tensor, Routing | None]:
         """`attend(module, x)` runs this layer's attention, cached or expanded."""
-        x_ND = x_ND + attend(self.self_attn, self.input_layernorm(x_ND, fused.autocast_dtype(x_ND)))
-        h = self.post_attention_layernorm(x_ND)
-        if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(h, segments, real_N)
-            return x_ND + y, routing
-        return x_ND + self.mlp(h), None
+        h, norm = self.input_layernorm(x_ND, fused.autocast_dtype(x_ND)), self.post_attention_layernorm
+        with recompute.remade(self.recompute, h, self.input_layernorm.again(x_ND, h.dtype)):
+            y_ND = attend(self.self_attn, h)
+        if segments is None:  # the engine's own norm takes few tokens
+            x_ND = x_ND + y_ND
+            h = norm(x_ND)
+        else:
+            x_ND, h = fused.add_norm(x_ND, y_ND, norm.weight, norm.eps, fused.autocast_dtype(x_ND))
+        with recompute.remade(self.recompute, h, norm.again(x_ND, h.dtype)):
+            y_ND, routing = self.mlp(h, segments, real_N) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        return (x_ND + y_ND if segments is None else fused.add(x_ND, y_ND)), routing
 
 
 class MTPLayer(Block):

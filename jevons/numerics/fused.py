@@ -53,12 +53,18 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, rstd = ctx.saved_tensors
-        g, dx, dw = _rows(grad), torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight)
-        parts = torch.empty(-(-len(x) // CHUNK), x.shape[1])
-        library().jevons_norm_grad(_matrix(g), _matrix(x), *x.shape, weight.data_ptr(), rstd.data_ptr(), _matrix(dx),
-                                   parts.data_ptr(), dw.data_ptr())
+        dx, dw = _norm_grad(grad, *ctx.saved_tensors)
         return dx.view(grad.shape), dw, None, None
+
+
+def _norm_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, plus: torch.Tensor | None = None,
+               narrow: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    g, dx, dw = _rows(grad), torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight)
+    parts = torch.empty(-(-len(x) // CHUNK), x.shape[1])
+    add, copy = (None if t is None else t.data_ptr() for t in (plus, narrow))
+    library().jevons_norm_grad(_matrix(g), _matrix(x), *x.shape, weight.data_ptr(), rstd.data_ptr(), add, _matrix(dx), copy,
+                               parts.data_ptr(), dw.data_ptr())
+    return dx, dw
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -67,6 +73,57 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dty
     if available(x, weight) and weight.dtype == torch.float32 and weight.is_contiguous() and dtype in KINDS:
         return _Norm.apply(x, weight, eps, dtype)
     return F.rms_norm(upcast(x), weight.shape, upcast(weight), eps).to(dtype)
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, more):
+        rows, total = _rows(more), torch.empty_like(x)
+        library().jevons_add(x.data_ptr(), _matrix(rows), *rows.shape, total.data_ptr())
+        ctx.dtype = more.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.to(ctx.dtype)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, more, weight, eps, dtype):
+        rows, total, out = _rows(more), torch.empty_like(x), torch.empty(x.shape, dtype=dtype)
+        rstd = torch.empty(len(rows))
+        library().jevons_add_norm(x.data_ptr(), _matrix(rows), *rows.shape, weight.data_ptr(), eps, total.data_ptr(),
+                                  _matrix(_rows(out)), rstd.data_ptr())
+        ctx.save_for_backward(_rows(total), weight, rstd)
+        ctx.dtype = more.dtype
+        return total, out
+
+    @staticmethod
+    def backward(ctx, plus, grad):
+        narrow = torch.empty(grad.shape, dtype=ctx.dtype) if ctx.dtype == torch.bfloat16 else None
+        dx, dw = _norm_grad(grad, *ctx.saved_tensors, plus.contiguous(), narrow)
+        dx = dx.view(grad.shape)
+        return dx, dx if narrow is None else narrow, dw, None, None
+
+
+def _adds(x: torch.Tensor, more: torch.Tensor) -> bool:
+    return available(x, more) and x.dtype == torch.float32 and x.is_contiguous() and x.shape == more.shape
+
+
+def add(x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """x + more, a residual stream and what a layer gives, which may be of less precision."""
+    return _Add.apply(x, more) if _adds(x, more) else x + more
+
+
+def add_norm(x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None,
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + more, and the `rms_norm` of that."""
+    dtype = dtype or x.dtype
+    if _adds(x, more) and weight.dtype == torch.float32 and weight.is_contiguous() and dtype in KINDS:
+        return _AddNorm.apply(x, more, weight, eps, dtype)
+    total = x + more
+    return total, rms_norm(total, weight, eps, dtype)
 
 
 class _Swiglu(torch.autograd.Function):

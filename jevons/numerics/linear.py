@@ -16,6 +16,7 @@ from jevons.numerics.fused import swiglu
 from jevons.numerics.kernels import FEW, FEW_FP8, handle, linear_dense, linear_packed, usable
 from jevons.numerics.native import CWeight
 from jevons.numerics.packed import Fp8Weight, IntWeight
+from jevons.numerics.recompute import remade
 
 
 class PackedWeight(Protocol):
@@ -102,9 +103,11 @@ def grouped_linear(x_MD: torch.Tensor, w_EFD: torch.Tensor | Sequence[Weight], o
 
 
 def swiglu_linear(gate_up: torch.Tensor, weight: Weight | Sequence[Weight], offs_E: torch.Tensor | None = None,
-                  fp8: Fp8 | None = None) -> torch.Tensor:
-    """silu(gate) * up times the weight; with `offs_E` a grouped product. In FP8 gate and up are kept, not what is multiplied."""
+                  fp8: Fp8 | None = None, recompute: bool = False) -> torch.Tensor:
+    """silu(gate) * up times the weight; with `offs_E` a grouped product. In FP8, or with `recompute`, gate and up are kept, not
+    what is multiplied."""
     if training(fp8):
         return fp8_linear(gate_up, weight, None, fp8, offs_E, swiglu=True)
     h = swiglu(gate_up)
-    return linear(h, weight) if offs_E is None else grouped_linear(h, weight, offs_E)
+    with remade(recompute, h, lambda: swiglu(gate_up)):
+        return linear(h, weight) if offs_E is None else grouped_linear(h, weight, offs_E)

@@ -60,7 +60,7 @@ def stage_configs(recipe: Recipe, load: Callable[[str], ModelConfig] = ModelConf
 
 
 def training_bytes(c: ModelConfig, stage: PretrainStage | FinetuneStage | GRPOStage, teacher: ModelConfig | None = None,
-                   threads: int = 1) -> dict[str, float]:
+                   threads: int = 1, recompute: bool = False) -> dict[str, float]:
     """Bytes that a stage holds on one device: float32 weights, gradients and moments (Muon keeps one of matrices, AdamW two),
     and the activations of as many micro-batches as cores compute at once; rollouts' cache counts as activations."""
     p = count_parameters(c)
@@ -73,7 +73,7 @@ def training_bytes(c: ModelConfig, stage: PretrainStage | FinetuneStage | GRPOSt
         threads = max(1, min(threads, round(whole / micro)))
     tokens = (micro or MICRO_TOKENS) * threads
     layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
-    kept = sum(activation_bytes(c, i, "none", "bf16") for i in layers)
+    kept = sum(activation_bytes(c, i, "selective" if recompute else "none", "bf16") for i in layers)
     activations = tokens * (kept + 2 * FLOAT * c.vocab_size)  # logits and their gradient; the MTP module's come later
     if isinstance(stage, GRPOStage):
         activations += min(256, stage.problems * stage.group_size) * stage.max_tokens * kv_bytes_per_token(c, FLOAT)
@@ -91,7 +91,8 @@ def check_fits(recipe: Recipe, capacity: float, ranks: int, plan: Callable[[], s
     devices of `capacity` bytes that share everything but activations."""
     for index, (stage, (config, teacher)) in enumerate(zip(recipe.stages, stage_configs(recipe), strict=True)):
         if not isinstance(stage, EvalStage):
-            parts = training_bytes(config, stage, teacher if getattr(stage, "mode", "") == "logits" else None, threads)
+            parts = training_bytes(config, stage, teacher if getattr(stage, "mode", "") == "logits" else None, threads,
+                                   recipe.precision.recompute)
             parts = {k: v / (1 if k == "activations" else ranks) for k, v in parts.items()}
             if (total := sum(parts.values())) > capacity:
                 rows = "\n".join(f"  {name:<24}{value / 1e9:>14,.1f} GB" for name, value in [*parts.items(), ("in all", total)])

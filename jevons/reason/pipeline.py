@@ -163,7 +163,8 @@ class Run:
             return {"kind": "note", "stage": self.recipe.stage_name(index), "text": f"there is no plan to compare with: {error}"}
         seconds = priced["flops"] / (self._peak * UTILISATION)
         return {"kind": "plan", "stage": self.recipe.stage_name(index), "tokens": priced["tokens"], "flops": priced["flops"],
-                "memory": training_bytes(self.model.config, stage, threads=torch.get_num_threads()),
+                "memory": training_bytes(self.model.config, stage, threads=torch.get_num_threads(),
+                                         recompute=self.recipe.precision.recompute),
                 "utilisation": UTILISATION, "time.peak_flops": self._peak, "time.planned_seconds": seconds,
                 "time.planned_dollars": dollars(seconds, self.recipe.cost.dollars_per_hour)}
 
@@ -183,7 +184,7 @@ class Run:
         settings = LoopSettings(
             stage=name, directory=directory, optimizer=stage.optimizer, save_every=stage.save_every, dtype=self.dtype,
             dollars_per_hour=self.recipe.cost.dollars_per_hour, guard=self.recipe.guard, moments=recipe.moments,
-            fp8=fp8, should_stop=should_stop, may_abandon=parallel is None, peak_flops=self._peak,
+            fp8=fp8, recompute=recipe.recompute, should_stop=should_stop, may_abandon=parallel is None, peak_flops=self._peak,
             on_step=self.observer.on_step, parallel=parallel)
         loop = Loop(self.model, objective, settings, self.log)
         if stage.ema_decay:  # of the weights as they lie now

@@ -18,6 +18,7 @@ class PrecisionTable(Table):
     scales: Literal["float", "power_of_two"] = Field("float", description="of FP8 tiles; some are powers of two in any case")
     accumulation: Literal["promoted", "limited"] = Field("promoted", description="limited: 14 bits, to see what is lost")
     moments: Literal["float32", "bf16"] = Field("float32", description="AdamW's first and second")
+    recompute: bool = Field(False, description="norms, MLA's up-projections and SwiGLU again in the backward pass: less memory")
 
     @model_validator(mode="after")
     def _has_effect(self) -> PrecisionTable:

@@ -55,6 +55,7 @@ class LoopSettings:
     guard: GuardTable = GuardTable()
     moments: str = "float32"  # of AdamW: "float32" or "bf16"
     fp8: Fp8 | None = None  # how projections train in FP8; None: in `dtype`
+    recompute: bool = False  # in the backward pass, instead of keeping
     should_stop: Callable[[], bool] = lambda: False
     may_abandon: bool = True  # ask it within steps too, and leave a step that has changed nothing yet
     peak_flops: float | None = None  # a second, of this machine's own matrix products in `dtype`
@@ -81,7 +82,7 @@ class Loop:
     def __init__(self, model: CausalLM, objective: Objective, settings: LoopSettings, log: MetricsLog):
         self.model, self.objective, self.settings, self.log = model, objective, settings, log
         self.parallel = settings.parallel
-        set_training_precision(model, settings.fp8)
+        set_training_precision(model, settings.fp8, settings.recompute)
         if self.parallel:
             self.parallel.prepare(model, objective)
         self.optimizers = build_optimizers(model, settings.optimizer, settings.moments)

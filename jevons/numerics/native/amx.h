@@ -1,7 +1,8 @@
 // Many rows of inputs times a panel with AMX, Intel's unit for products of tiles: sixteen rows of 64 bytes each. Included by rows.cpp.
 //
 // A tile of inputs [16 rows, 64 bytes] times a tile of weights [16 groups of columns, 16 rows] is 16 x 16 sums: what `out` holds.
-// A panel of 8 bits lies in memory as such tiles; 4 bits are unfolded group by group, bf16 rows are turned once a panel.
+// A panel of 8 bits lies in memory as such tiles; bf16 rows are turned once a panel. 4 bits gain nothing: a scale for every 32 columns
+// leaves two products between what is done with their sums.
 #pragma once
 #include "inputs.h"
 
@@ -37,7 +38,7 @@ static inline void configure(int64_t rows, int64_t bytes) {
   _tile_loadconfig(&c);
 }
 
-// -- integers: the sums of rows.cpp's panel_tile, to the bit ----------------------------------------------------------------------
+// -- 8 bits: the sums of rows.cpp's panel_tile, to the bit ----------------------------------------------------------------------
 
 // Sums of one group of columns, of up to 16 rows of inputs: to tiles HIGH and LOW, and from there to `sums` [2, 16, 16 rows].
 #define SUM_GROUP(HIGH, LOW, x, sums)                     \
@@ -83,28 +84,17 @@ static inline void group(const Weight& w, const uint8_t* codes, const Inputs& in
 }
 #undef SUM_GROUP
 
-template <int BITS>
-static void integers(const Weight& w, int64_t panel, const Inputs& in, int64_t at, int64_t count, float* out) {
-  const int64_t groups = ceil_div(w.columns, w.group), size = PANEL * w.group * BITS / 8;
+static void bytes(const Weight& w, int64_t panel, const Inputs& in, int64_t at, int64_t count, float* out) {
+  const int64_t groups = ceil_div(w.columns, w.group), size = PANEL * w.group;
   const uint8_t* codes = w.codes + panel * groups * size;
   const uint8_t* scale = w.scale + panel * PANEL * groups * 2;
   std::fill_n(out, count * PANEL, 0.0f);
-  alignas(64) uint8_t unfolded[BITS == 4 ? PANEL * BLOCK : 1];
   for (int64_t first = 0; first < count;) {  // whole tiles, then what is left
     const int64_t rows = std::min<int64_t>(16, count - first), end = rows < 16 ? count : first + (count - first) / 16 * 16;
     configure(rows, std::min<int64_t>(w.group, 64));
     for (int64_t g = 0; g < groups; g++) {
-      const uint8_t* bytes = codes + g * size;
-      if (BITS == 4) {
-        const __m512i mask = _mm512_set1_epi8(0x0F);
-        for (int64_t i = 0; i < size; i += 64) {
-          const __m512i both = _mm512_loadu_si512(bytes + i);
-          _mm512_store_si512(unfolded + 2 * i, _mm512_and_si512(both, mask));
-          _mm512_store_si512(unfolded + 2 * i + 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
-        }
-        written(bytes = unfolded);
-      }
-      group(w, bytes, in, at + first, end - first, rows, g, from_bf16(load<u16x16>(scale + 2 * PANEL * g)), out + first * PANEL);
+      const f32x16 row_scale = from_bf16(load<u16x16>(scale + 2 * PANEL * g));
+      group(w, codes + g * size, in, at + first, end - first, rows, g, row_scale, out + first * PANEL);
     }
     first = end;
   }
@@ -172,16 +162,14 @@ static void floats(const Weight& w, int64_t panel, const Inputs& in, int64_t at,
 // -- which products --------------------------------------------------------------------------------------------------------------
 
 static inline bool suits(const Weight& w, const int64_t* at, int64_t count) {
-  if (count < LEAST || w.kind == F32 || w.kind == FP8 || !allowed()) return false;
-  if (w.kind != BF16 && w.group != 32 && w.group != 64 && w.group != BLOCK) return false;
+  if (count < LEAST || !(w.kind == BF16 || (w.kind == INT8 && (w.group == 32 || w.group % 64 == 0))) || !allowed()) return false;
   for (int64_t i = 1; i < count; i++)  // rows equally far apart, so that a tile of them can be loaded
     if (at[i] != at[0] + i) return false;
   return true;
 }
 
 static void multiply(const Weight& w, int64_t panel, const Inputs& in, int64_t at, int64_t count, float* out) {
-  if (w.kind == BF16) floats(w, panel, in, at, count, out);
-  else w.kind == INT8 ? integers<8>(w, panel, in, at, count, out) : integers<4>(w, panel, in, at, count, out);
+  w.kind == BF16 ? floats(w, panel, in, at, count, out) : bytes(w, panel, in, at, count, out);
 }
 
 }  // namespace amx

@@ -25,9 +25,10 @@ extern "C" void jevons_norm(Matrix x, int64_t rows, int64_t dim, const float* we
   }, x, y);
 }
 
-// dx = rstd (g w - xhat mean(g w xhat)), dw = sum over rows of g xhat, xhat = x rstd. `parts` is [ceil(rows / 64), dim].
-extern "C" void jevons_norm_grad(Matrix g, Matrix x, int64_t rows, int64_t dim, const float* weight, const float* rstd, Matrix dx,
-                                 float* parts, float* dw) {
+// dx = rstd (g w - xhat mean(g w xhat)) + plus (null: 0), dw = sum over rows of g xhat, xhat = x rstd. `parts` is
+// [ceil(rows / 64), dim]. `copy` (null: none) gets dx rounded to bf16, rows of `dim`.
+extern "C" void jevons_norm_grad(Matrix g, Matrix x, int64_t rows, int64_t dim, const float* weight, const float* rstd,
+                                 const float* plus, Matrix dx, void* copy, float* parts, float* dw) {
   const int64_t chunks = ceil_div(rows, CHUNK);
   typed([=](auto g, auto x) {
     const decltype(x) out = {(decltype(x.data))dx.data, dx.stride};
@@ -45,7 +46,10 @@ extern "C" void jevons_norm_grad(Matrix g, Matrix x, int64_t rows, int64_t dim, 
         });
         const float mean = sum(along) / dim;
         across(dim, [&](int64_t i, auto n) {
-          put(out[r] + i, (get(g[r] + i, n) * get(weight + i, n) - get(x[r] + i, n) * scale * mean) * scale, n);
+          f32x16 d = (get(g[r] + i, n) * get(weight + i, n) - get(x[r] + i, n) * scale * mean) * scale;
+          if (plus) d += get(plus + r * dim + i, n);
+          put(out[r] + i, d, n);
+          if (copy) put((bf16*)copy + r * dim + i, d, n);
         });
       }
     }
@@ -53,6 +57,34 @@ extern "C" void jevons_norm_grad(Matrix g, Matrix x, int64_t rows, int64_t dim, 
   std::fill(dw, dw + dim, 0.0f);
   for (int64_t c = 0; c < chunks; c++)
     for (int64_t i = 0; i < dim; i++) dw[i] += parts[c * dim + i];
+}
+
+// x + more, and the norm of it; rows of x, more and total are `dim` apart.
+extern "C" void jevons_add_norm(const float* x, Matrix more, int64_t rows, int64_t dim, const float* weight, float eps, float* total,
+                                Matrix y, float* rstd) {
+  typed([=](auto more, auto y) {
+#pragma omp parallel for if (rows * dim > ALONE)
+    for (int64_t r = 0; r < rows; r++) {
+      f32x16 squares = {};
+      float* row = total + r * dim;
+      across(dim, [&](int64_t i, auto n) {
+        const f32x16 v = get(x + r * dim + i, n) + get(more[r] + i, n);
+        squares += v * v;
+        put(row + i, v, n);
+      });
+      const float scale = rstd[r] = 1.0f / std::sqrt(sum(squares) / dim + eps);
+      across(dim, [&](int64_t i, auto n) { put(y[r] + i, get(row + i, n) * scale * get(weight + i, n), n); });
+    }
+  }, more, y);
+}
+
+// x + more in float32
+extern "C" void jevons_add(const float* x, Matrix more, int64_t rows, int64_t dim, float* total) {
+  typed([=](auto more) {
+#pragma omp parallel for if (rows * dim > ALONE)
+    for (int64_t r = 0; r < rows; r++)
+      across(dim, [&](int64_t i, auto n) { put(total + r * dim + i, get(x + r * dim + i, n) + get(more[r] + i, n), n); });
+  }, more);
 }
 
 // y [rows, inter] = silu(gate) * up, h [rows, 2 inter] = [gate | up].

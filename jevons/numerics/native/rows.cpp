@@ -337,17 +337,14 @@ static void panel_tiles(const Weight& w, int64_t panel, const Inputs& in, const 
 
 // Rows panel * 16 and the fifteen after it, times the input rows at[0..count): out[i * PANEL + r].
 void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out) {
+#if defined(HAS_TILES)
+  if (amx::suits(w, at, count)) return amx::multiply(w, panel, in, at[0], count, out);
+#endif
   const uint8_t* x[64];
   for (int64_t first = 0; first < count; first += 64) {
     const int64_t n = std::min<int64_t>(64, count - first);
     for (int64_t i = 0; i < n; i++) x[i] = in.row(at[first + i]);
     float* to = out + first * PANEL;
-#if defined(HAS_TILES)
-    if (amx::suits(w, at + first, n)) {
-      amx::multiply(w, panel, in, at[first], n, to);
-      continue;
-    }
-#endif
     if (w.kind == INT8) {
       panel_tiles<8, WIDE>(w, panel, in, x, at + first, n, to);
     } else if (w.kind == INT4) {
