@@ -81,6 +81,7 @@ class Engine:
             self.drafts = Drafts(model, self.rows, Speculation(speculate), cache)
             self._caches.append(cache)
         self._events: list[TokenEvent] = []  # for the next step to hand out
+        self._begun = 0.0  # when the step began: what drafts save is saved of all of it
         self._counts = dict.fromkeys((f"{kind}_tokens" for kind in ("prompt", "cached", "drafted", "accepted", "generated")), 0)
 
     @property
@@ -129,7 +130,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Decode for every running sequence, and run a chunk of the prompts that wait."""
-        events, self._events, threads = self._events, [], torch.get_num_threads()
+        events, self._events, threads, self._begun = self._events, [], torch.get_num_threads(), time.perf_counter()
         begin, generated = self.pace.clock() if self.pace else 0.0, self._counts["generated_tokens"]
         try:
             if self._alone and threads > 1:
@@ -257,7 +258,7 @@ class Engine:
     def _pass(self, running: list[Sequence], chunks: list[tuple[Sequence, int]]) -> list[TokenEvent]:
         """Every running row with its last token and its drafts, beside some tokens of some prompts. A row gives as many tokens
         as drafts were right, and one more; prompts that end give their first, and run from then on."""
-        begin, events, ended, fresh, count = time.perf_counter(), [], [], [], len(running)
+        events, ended, fresh, count = [], [], [], len(running)
         drafts = [self.drafts.get(s, []) if self.drafts else [] for s in running]
         given = [[s.tokens[-1], *own] for s, own in zip(running, drafts, strict=True)]
         given += [s.tokens[s.computed : s.computed + more] for s, more in chunks]
@@ -293,14 +294,15 @@ class Engine:
                 ended.append(sequence)
             else:
                 self.rows.follow(sequence)
-        passed = time.perf_counter() - begin
+        passed = time.perf_counter() - self._begun
         if self.drafts:
             parts += [(s, s.computed - more, more, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True)
                       if s not in ended]
             self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
         if not chunks:
             asked = max(map(len, drafts))
-            seconds = time.perf_counter() - begin if asked else passed  # no drafts: what the module does is for a comparison
+            # without drafts, what the module does is for a comparison
+            seconds = time.perf_counter() - self._begun if asked else passed
             mean = sum(sequence.computed - start for sequence, start in zip(running, starts, strict=True)) / count
             self.drafts.speculation.record(count, asked, seconds, mean)
         for sequence in (s for s, _ in chunks if s not in ended):

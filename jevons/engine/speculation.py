@@ -62,9 +62,12 @@ class Speculation:
         turn = self._passes % AGAIN
         if turn < 2 * TRIES:
             return min(max(best + (1 if turn < TRIES else -1), 0), len(rates) - 1)
+        # the machine may have changed its pace since: before plain passes win, they and the next best are clocked anew, in turns
         self._without = 0 if best else self._without + 1
-        self._off = self._without > TRIES  # until then plain passes are clocked anew: the machine may have slowed down since
-        return None if self._off else best
+        self._off = self._without > 2 * TRIES
+        if self._off:
+            return None
+        return max(range(1, len(rates)), key=rates.__getitem__) if self._without % 2 else best
 
     def record(self, batch: int, drafts: int, seconds: float, tokens: float) -> None:
         """A pass over `batch` sequences with `drafts` each took `seconds`, the drafting for the next one included, and gave
