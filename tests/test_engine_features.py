@@ -160,14 +160,14 @@ def test_drafts_of_the_same_call_are_those_of_a_call_of_their_own(drafts, monkey
     monkeypatch.setattr(Drafts, "_made", lambda self, *args: made.update([done := real(self, *args)]) or done)
     together, apart = engine_of(model, max_len=160, speculate=drafts), engine_of(model, max_len=160, speculate=drafts)
     first = together.generate(crowd)
-    assert made[True] > made[False] > 0
+    assert made[True] > max(20, made[False])
     made.clear()
     monkeypatch.setattr(Rows, "step", lambda self, *args: step(self, *args[:6]))
     second = apart.generate([Request(r.prompt_ids, r.params) for r in crowd])
     assert made[False] > 0 == made[True]
     for one, other in zip(first, second, strict=True):
-        assert (one.token_ids, one.logprobs, one.finish_reason, one.usage) == (other.token_ids, other.logprobs,
-                                                                               other.finish_reason, other.usage)
+        assert (one.token_ids, one.finish_reason, one.usage) == (other.token_ids, other.finish_reason, other.usage)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)  # products of other sizes
 
 
 class Clock:
