@@ -6,8 +6,7 @@
 #pragma once
 #include "inputs.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(DOT_BYTES) && defined(__linux__)
-#define HAS_TILES 1
+#if HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -23,6 +23,11 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define DOT_BYTES 1
 #endif
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(DOT_BYTES) && defined(__linux__)
+#define HAS_TILES 1
+#else
+#define HAS_TILES 0
+#endif
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));

@@ -58,7 +58,7 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
   const Matrix x = {(uint8_t*)from, stride, bf16}, y = {(uint8_t*)to, dim, bf16};
   s.inner.resize(total * width), s.outer.resize(total * dim);
   // of many tokens an expert's rows lie one below the other, as tiles want them: copies behind the tokens' own
-  const bool copied = n >= 8;
+  const bool copied = HAS_TILES && n >= 8;
   const Inputs in = make_inputs(s.jobs[0].expert.up, x.bf16, copied ? n + total : n, s.x);
   s.row.resize(total);
   for (int64_t i = 0; i < total; i++) s.row[i] = copied ? n + i : s.token[i];

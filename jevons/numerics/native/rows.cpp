@@ -337,7 +337,7 @@ static void panel_tiles(const Weight& w, int64_t panel, const Inputs& in, const 
 
 // Rows panel * 16 and the fifteen after it, times the input rows at[0..count): out[i * PANEL + r].
 void multiply_panel(const Weight& w, int64_t panel, const Inputs& in, const int64_t* at, int64_t count, float* out) {
-#if defined(HAS_TILES)
+#if HAS_TILES
   if (amx::suits(w, at, count)) return amx::multiply(w, panel, in, at[0], count, out);
 #endif
   const uint8_t* x[64];
