@@ -73,9 +73,10 @@ def far(a, b):
 
 
 def near(a, b, kind):
-    """Rows are the same. In bf16 one rounding more may choose another expert where two are equally good: most are then."""
-    off = (a - b).float().norm(dim=-1) / b.float().norm(dim=-1)
-    return a.dtype == b.dtype and (off < TOLERANCE[kind]).float().mean() >= (0.75 if kind else 1)
+    """Rows are the same. In bf16 one rounding more may choose another expert where two are equally good: all but one, or a
+    quarter, are then."""
+    off = (a - b).float().norm(dim=-1) / b.float().norm(dim=-1) >= TOLERANCE[kind]
+    return a.dtype == b.dtype and off.sum() <= (max(1, len(off) // 4) if kind else 0)
 
 
 @pytest.mark.parametrize("kind", [None, "bf16", "int8", "fp8", "int4"])
