@@ -74,9 +74,9 @@ def far(a, b):
 
 def near(a, b, kind):
     """Rows are the same. In bf16 one rounding more may choose another expert where two are equally good: all but one, or a
-    quarter, are then."""
+    sixth, are then."""
     off = (a - b).float().norm(dim=-1) / b.float().norm(dim=-1) >= TOLERANCE[kind]
-    return a.dtype == b.dtype and off.sum() <= (max(1, len(off) // 4) if kind else 0)
+    return a.dtype == b.dtype and off.sum() <= (max(1, len(off) // 6) if kind else 0)
 
 
 @pytest.mark.parametrize("kind", [None, "bf16", "int8", "fp8", "int4"])
@@ -86,9 +86,8 @@ def test_a_pass_equals_its_blocks(net, kind):
     if kind:
         pack(model, kind)
     both = Both(model, random.choice([torch.float32, torch.bfloat16]) if kind else torch.float32)
-    for lens in ([random.randint(1, 9) for _ in range(3)], None, [2, 1, 3], None):
-        fast, plain = both(lens)
-        assert fast is not None and near(fast, plain, kind)
+    outs = [both(lens) for lens in ([random.randint(1, 9) for _ in range(3)], None, None, [2, 1, 3], None)]
+    assert near(*(torch.cat(side) for side in zip(*outs, strict=True)), kind)
     fast, plain = (cache.data[:, both.table.flatten()].float() for cache in both.caches)
     written = plain.abs().sum(-1) > 0
     assert torch.equal(fast.abs().sum(-1) > 0, written) and near(fast[written], plain[written], kind)

@@ -21,11 +21,10 @@ class Rows:
         self.table = torch.zeros(count, pages, dtype=torch.long, device=device)
         self.length = torch.zeros(count, dtype=torch.long)  # tokens in the cache
         self.last = torch.zeros(count, dtype=torch.long)  # the token that comes next into it
-        self._length, self._last = self.length.numpy(), self.last.numpy()  # the same memory; a step's small calls cost less
         self.temperature = torch.ones(count)
         self.top_p = torch.ones(count)
         self.seed = np.zeros(count, dtype=np.uint64)
-        self._length, self._last = self.length.numpy(), self.last.numpy()  # the same memory, faster to write one of
+        self._length, self._last = self.length.numpy(), self.last.numpy()  # the same memory; a step's small calls cost less
         self.native = CRows(self.table, self.temperature, self.top_p, self.seed) if device.type == "cpu" else None
 
     def set(self, sequence: Sequence) -> None:

@@ -33,21 +33,23 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[N, D], the numbers of each row one behind the other, as the kernels take them."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _matrix(x: torch.Tensor) -> CMatrix:
+def as_matrix(x: torch.Tensor) -> CMatrix:
+    """Rows by address; whoever passes it keeps the tensor."""
     return CMatrix(x.data_ptr(), x.stride(0), KINDS[x.dtype])
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        rows, rstd = _rows(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+        rows, rstd = as_rows(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
         out = torch.empty(x.shape, dtype=dtype)
-        library().jevons_norm(_matrix(rows), *rows.shape, weight.data_ptr(), eps, _matrix(_rows(out)), rstd.data_ptr())
+        library().jevons_norm(as_matrix(rows), *rows.shape, weight.data_ptr(), eps, as_matrix(as_rows(out)), rstd.data_ptr())
         ctx.save_for_backward(rows, weight, rstd)
         return out
 
@@ -59,10 +61,10 @@ class _Norm(torch.autograd.Function):
 
 def _norm_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, plus: torch.Tensor | None = None,
                narrow: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    g, dx, dw = _rows(grad), torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight)
+    g, dx, dw = as_rows(grad), torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight)
     parts = torch.empty(-(-len(x) // CHUNK), x.shape[1])
     add, copy = (None if t is None else t.data_ptr() for t in (plus, narrow))
-    library().jevons_norm_grad(_matrix(g), _matrix(x), *x.shape, weight.data_ptr(), rstd.data_ptr(), add, _matrix(dx), copy,
+    library().jevons_norm_grad(as_matrix(g), as_matrix(x), *x.shape, weight.data_ptr(), rstd.data_ptr(), add, as_matrix(dx), copy,
                                parts.data_ptr(), dw.data_ptr())
     return dx, dw
 
@@ -78,8 +80,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dty
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, more):
-        rows, total = _rows(more), torch.empty_like(x)
-        library().jevons_add(x.data_ptr(), _matrix(rows), *rows.shape, total.data_ptr())
+        rows, total = as_rows(more), torch.empty_like(x)
+        library().jevons_add(x.data_ptr(), as_matrix(rows), *rows.shape, total.data_ptr())
         ctx.dtype = more.dtype
         return total
 
@@ -91,11 +93,11 @@ class _Add(torch.autograd.Function):
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, more, weight, eps, dtype):
-        rows, total, out = _rows(more), torch.empty_like(x), torch.empty(x.shape, dtype=dtype)
+        rows, total, out = as_rows(more), torch.empty_like(x), torch.empty(x.shape, dtype=dtype)
         rstd = torch.empty(len(rows))
-        library().jevons_add_norm(x.data_ptr(), _matrix(rows), *rows.shape, weight.data_ptr(), eps, total.data_ptr(),
-                                  _matrix(_rows(out)), rstd.data_ptr())
-        ctx.save_for_backward(_rows(total), weight, rstd)
+        library().jevons_add_norm(x.data_ptr(), as_matrix(rows), *rows.shape, weight.data_ptr(), eps, total.data_ptr(),
+                                  as_matrix(as_rows(out)), rstd.data_ptr())
+        ctx.save_for_backward(as_rows(total), weight, rstd)
         ctx.dtype = more.dtype
         return total, out
 
@@ -129,9 +131,9 @@ def add_norm(x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, eps: flo
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h):
-        rows = _rows(h)
+        rows = as_rows(h)
         out = torch.empty(*h.shape[:-1], h.shape[-1] // 2, dtype=h.dtype)
-        library().jevons_swiglu(_matrix(rows), len(rows), out.shape[-1], _matrix(_rows(out)))
+        library().jevons_swiglu(as_matrix(rows), len(rows), out.shape[-1], as_matrix(as_rows(out)))
         ctx.save_for_backward(rows)
         ctx.shape = h.shape
         return out
@@ -139,8 +141,8 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (h,) = ctx.saved_tensors
-        g, dh = _rows(grad), torch.empty(h.shape, dtype=h.dtype)
-        library().jevons_swiglu_grad(_matrix(g), _matrix(h), len(h), g.shape[1], _matrix(dh))
+        g, dh = as_rows(grad), torch.empty(h.shape, dtype=h.dtype)
+        library().jevons_swiglu_grad(as_matrix(g), as_matrix(h), len(h), g.shape[1], as_matrix(dh))
         return dh.view(ctx.shape)
 
 
@@ -155,9 +157,9 @@ def swiglu(h: torch.Tensor) -> torch.Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
-        rows = _rows(logits)
+        rows = as_rows(logits)
         losses, lse = torch.empty(len(rows)), torch.empty(len(rows))
-        library().jevons_cross_entropy(_matrix(rows), *rows.shape, targets.data_ptr(), losses.data_ptr(), lse.data_ptr())
+        library().jevons_cross_entropy(as_matrix(rows), *rows.shape, targets.data_ptr(), losses.data_ptr(), lse.data_ptr())
         ctx.save_for_backward(rows, targets, lse)
         return losses
 
@@ -165,8 +167,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, lse = ctx.saved_tensors
         g, d = grad.contiguous(), torch.empty(logits.shape, dtype=logits.dtype)
-        library().jevons_cross_entropy_grad(g.data_ptr(), _matrix(logits), *logits.shape, targets.data_ptr(), lse.data_ptr(),
-                                            _matrix(d))
+        library().jevons_cross_entropy_grad(g.data_ptr(), as_matrix(logits), *logits.shape, targets.data_ptr(), lse.data_ptr(),
+                                            as_matrix(d))
         return d, None
 
 
@@ -214,8 +216,8 @@ class _Collect(torch.autograd.Function):
 class _NativeDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, cell_NK, size, dtype):
-        x, out = _rows(x_ND), torch.empty(size, x_ND.shape[1], dtype=dtype)
-        library().jevons_dispatch(_matrix(x), *x.shape, cell_NK.data_ptr(), cell_NK.shape[1], None, _matrix(out), size)
+        x, out = as_rows(x_ND), torch.empty(size, x_ND.shape[1], dtype=dtype)
+        library().jevons_dispatch(as_matrix(x), *x.shape, cell_NK.data_ptr(), cell_NK.shape[1], None, as_matrix(out), size)
         ctx.save_for_backward(cell_NK)
         ctx.dtype = x.dtype
         return out
@@ -223,8 +225,8 @@ class _NativeDispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (cell_NK,) = ctx.saved_tensors
-        g, dx = _rows(grad), torch.empty(len(cell_NK), grad.shape[1], dtype=ctx.dtype)
-        library().jevons_collect(_matrix(g), *dx.shape, cell_NK.data_ptr(), cell_NK.shape[1], None, _matrix(dx))
+        g, dx = as_rows(grad), torch.empty(len(cell_NK), grad.shape[1], dtype=ctx.dtype)
+        library().jevons_collect(as_matrix(g), *dx.shape, cell_NK.data_ptr(), cell_NK.shape[1], None, as_matrix(dx))
         return dx, None, None, None
 
 
@@ -238,19 +240,19 @@ def dispatch(x_ND: torch.Tensor, cell_NK: torch.Tensor, size: int, dtype: torch.
 class _NativeCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_MD, cell_NK, weights_NK):
-        y, out = _rows(y_MD), torch.empty(len(cell_NK), y_MD.shape[1], dtype=y_MD.dtype)
-        library().jevons_collect(_matrix(y), *out.shape, cell_NK.data_ptr(), cell_NK.shape[1], weights_NK.data_ptr(),
-                                 _matrix(out))
+        y, out = as_rows(y_MD), torch.empty(len(cell_NK), y_MD.shape[1], dtype=y_MD.dtype)
+        library().jevons_collect(as_matrix(y), *out.shape, cell_NK.data_ptr(), cell_NK.shape[1], weights_NK.data_ptr(),
+                                 as_matrix(out))
         ctx.save_for_backward(y, cell_NK, weights_NK)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         y, cell_NK, weights_NK = ctx.saved_tensors
-        g, dy, dots = _rows(grad), torch.empty(y.shape, dtype=y.dtype), torch.empty_like(weights_NK)
+        g, dy, dots = as_rows(grad), torch.empty(y.shape, dtype=y.dtype), torch.empty_like(weights_NK)
         k = cell_NK.shape[1]
-        library().jevons_dispatch(_matrix(g), *g.shape, cell_NK.data_ptr(), k, weights_NK.data_ptr(), _matrix(dy), len(y))
-        library().jevons_collect_dots(_matrix(g), _matrix(y), *g.shape, cell_NK.data_ptr(), k, dots.data_ptr())
+        library().jevons_dispatch(as_matrix(g), *g.shape, cell_NK.data_ptr(), k, weights_NK.data_ptr(), as_matrix(dy), len(y))
+        library().jevons_collect_dots(as_matrix(g), as_matrix(y), *g.shape, cell_NK.data_ptr(), k, dots.data_ptr())
         return dy, None, dots
 
 
