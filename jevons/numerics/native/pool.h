@@ -1,6 +1,7 @@
 // Threads that share one product's rows. OpenMP's end of a region waits for every thread, also for one that was asleep and finds
 // nothing left: 30 to 60 microseconds, longer than most products of a decode step. Here whoever comes late is not waited for.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -17,15 +18,17 @@ class Pool {
     return *pool;
   }
 
-  // work(i) for every i in [0, count), `chunk` at a time, on up to `threads` threads, the caller's among them.
+  // work(i) for every i in [0, count), `chunk` at a time, on up to `threads` threads, the caller's among them. `long_first`: a
+  // thread takes much of what is left, at least a chunk: memory is read fastest in few long streams, and the short ones at the
+  // end let nobody wait. For work of even size.
   template <class F>
-  void run(int64_t count, int64_t chunk, int threads, const F& work) {
+  void run(int64_t count, int64_t chunk, int threads, const F& work, bool long_first = false) {
     if (threads <= 1 || count <= chunk || !busy.try_lock()) {
       for (int64_t i = 0; i < count; i++) work(i);
       return;
     }
     while (started < threads - 1) std::thread(&Pool::serve, this, started++).detach();
-    next = 0, total = count, step = chunk, helpers = threads - 1, context = &work;
+    next = 0, total = count, step = chunk, helpers = threads - 1, falling = long_first, context = &work;
     call = [](const void* f, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) (*(const F*)f)(i);
     };
@@ -49,6 +52,7 @@ class Pool {
   std::atomic<int> asleep{0};
   int64_t total = 0, step = 1;
   int started = 0, helpers = 0;
+  bool falling = false;
   const void* context = nullptr;
   void (*call)(const void*, int64_t, int64_t) = nullptr;
 
@@ -61,7 +65,12 @@ class Pool {
   }
 
   void take() {
-    for (int64_t i; (i = next.fetch_add(step)) < total;) call(context, i, std::min(i + step, total));
+    for (int64_t i = next.load(); i < total;) {
+      const int64_t share = falling ? 3 * (total - i) / (4 * (helpers + 1)) : 0, size = std::max(step, share);
+      if (!next.compare_exchange_weak(i, i + size)) continue;
+      call(context, i, std::min(i + size, total));
+      i = next.load();
+    }
   }
 
   bool enter(int index) {
