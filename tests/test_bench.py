@@ -34,6 +34,9 @@ from jevons.bench.workload import (
     tune,
 )
 from jevons.data.tokenizer import train_tokenizer
+from jevons.model import CausalLM
+from jevons.model.pack import pack
+from jevons.numerics import IntWeight
 from jevons.plan import count_parameters
 from jevons.store.checkpoint import save_checkpoint
 from jevons.terminal.bench import sections
@@ -206,7 +209,18 @@ def test_sizes_of_the_built_in_models():
     assert large.total == 1_777_088_000  # R1-Distill-Qwen-1.5B's own count
     config = BUILT_IN["L"]()
     assert weight_bytes(config, "bf16") == 2 * (large.total - large.embedding)
-    assert weight_bytes(config, "int4") == weight_bytes(config, "bf16") / 4
+    head = config.vocab_size * config.hidden_size
+    assert weight_bytes(config, "int4") == (weight_bytes(config, "bf16") / 2 - head) * 4.5 / 8 + head * 8.125 / 8
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_bytes_of_weights_are_those_of_the_packed_model(kind):
+    config = qwen2(vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
+    model = pack(CausalLM(config), kind)
+    packed = [w for module in model.modules() for w in vars(module).values() if isinstance(w, IntWeight)]
+    plain = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    read = sum(w.codes.nbytes + w.scale.nbytes for w in packed) + sum(p.nbytes for p in plain)
+    assert weight_bytes(config, kind) == pytest.approx(read, rel=0.02)
 
 
 def test_a_built_in_model_is_made_once(tmp_path, monkeypatch):

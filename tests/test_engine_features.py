@@ -162,7 +162,7 @@ def test_drafts_of_the_same_call_are_those_of_a_call_of_their_own(drafts, monkey
     first = together.generate(crowd)
     assert made[True] > max(20, made[False])
     made.clear()
-    monkeypatch.setattr(Rows, "step", lambda self, *args: step(self, *args[:6]))
+    monkeypatch.setattr(Rows, "step", lambda self, *args, picked=None: step(self, *args[:6], picked=picked))
     second = apart.generate([Request(r.prompt_ids, r.params) for r in crowd])
     assert made[False] > 0 == made[True]
     for one, other in zip(first, second, strict=True):

@@ -267,34 +267,41 @@ class Drawing:
 @pytest.mark.parametrize("net", ["v3", "no shared", "qwen2", "tied llama"])
 @torch.inference_mode()
 def test_a_step_draws_what_the_parts_draw(net, kind, monkeypatch):
-    """Some consecutive rows with one token or several: states, logits, cells and tokens as with pass, head and sampler."""
+    """Some consecutive rows with one token or several: states, logits, cells and tokens as with pass, head and sampler. Some of
+    the tokens may be all that is drawn after."""
     model = lively(NETS[net]())
     if kind:
         pack(model, kind)
     drawing, first, counts = Drawing(model, 4), 1, random.choices([1, 2, 5], k=2)
     caches, contexts = drawing.caches(), random.choices(range(40), k=2)
     given = first, random_ids(sum(counts)), counts, contexts
-    fast = drawing.rows.step(model, caches[0], *given)
+    picked = random.choice([None, None, [], sorted(random.sample(range(sum(counts)), random.randint(1, sum(counts))))])
+    fast = drawing.rows.step(model, caches[0], *given, picked=picked)
     monkeypatch.setattr(drawing.rows, "native", None)
     monkeypatch.setattr(model, "native", lambda *_: None)
-    plain = drawing.rows.step(model, caches[1], *given)
-    assert near(fast[0], plain[0], kind) and near(fast[1], plain[1], kind)
+    plain = drawing.rows.step(model, caches[1], *given, picked=picked)
+    assert fast[0].shape == plain[0].shape and fast[1].shape == plain[1].shape and len(fast[1]) == len(fast[2]) == len(fast[3])
+    assert near(fast[0], plain[0], kind) and (picked == [] or near(fast[1], plain[1], kind))
     assert far(*(c.data for c in caches)) < TOLERANCE[kind]
-    flat = drawing.rows.choose(fast[1], torch.arange(2).repeat_interleave(torch.tensor(counts)) + first,
-                               torch.tensor([c + i + 1 for c, n in zip(contexts, counts, strict=True) for i in range(n)]))
-    assert fast[2] == flat[0].tolist() and fast[3] == flat[1].tolist()
+    drawn_after = [(row + first, c + i + 1) for row, (c, n) in enumerate(zip(contexts, counts, strict=True)) for i in range(n)]
+    if picked is not None:
+        drawn_after = [drawn_after[at] for at in picked]
+    if drawn_after:
+        flat = drawing.rows.choose(fast[1], *map(torch.tensor, zip(*drawn_after, strict=True)))
+        assert fast[2] == flat[0].tolist() and fast[3] == flat[1].tolist()
 
 
 @pytest.mark.parametrize("kind", [None, "bf16", "int8"])
 @torch.inference_mode()
 def test_drafts_are_drawn_as_module_by_module(kind, monkeypatch):
-    """Sequences that were given one token or several, in any order of rows, and want none, one or more drafts."""
+    """Sequences that were given one token or several, in any order of rows, and want none, one or more drafts; prompts, which
+    are in no row yet, want none."""
     model = lively(nano(**V3, vocab_size=5))
     if kind:
         pack(model, kind)
     same = total = 0
     for _ in range(12):
-        drawing, count = Drawing(model, 5), 3
+        drawing, count = Drawing(model, 8), 3
         rows, counts = random.sample(range(5), count), random.choices([1, 2, 4], k=count)
         starts = random.choices(range(1, 30), k=count)
         hidden = torch.randn(sum(counts) + 2, model.config.hidden_size, dtype=model.embed_tokens.weight.dtype)
@@ -303,6 +310,8 @@ def test_drafts_are_drawn_as_module_by_module(kind, monkeypatch):
             sequence = Sequence(Request(random_ids(starts[i], 5)), 48, i, random_ids(starts[i] + counts[i] + 1, 5))
             sequence.row, sequence.pages = rows[i], drawing.rows.table[rows[i]].tolist()
             sequence.limit = sequence.produced + random.randint(1, 5)
+            if random.random() < 0.3:
+                sequence.row = None
             parts.append((sequence, starts[i], counts[i], at + counts[i] - 1))
             at += counts[i]
         caches = drawing.caches(1)
@@ -312,8 +321,8 @@ def test_drafts_are_drawn_as_module_by_module(kind, monkeypatch):
         monkeypatch.setattr(both[0], "_by_layers", None)
         monkeypatch.setattr(both[1], "_natively", lambda *_: False)
         for drafts in both:
-            drafts.make(hidden, parts, count)
-        assert [len(d) for d in both[0].values()] == [min(3, s.limit - s.produced - 1) for s, *_ in parts]
+            drafts.make(hidden, parts, 5)
+        assert [len(d) for d in both[0].values()] == [0 if s.row is None else min(3, s.limit - s.produced - 1) for s, *_ in parts]
         same += sum(a == b for a, b in zip(both[0].values(), both[1].values(), strict=True))
         total += count
         if both[0] == both[1]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from jevons.bench.workload import BenchError
 from jevons.config import QWEN2, ModelConfig, preset
+from jevons.model.pack import INTEGERS
+from jevons.numerics.fp8 import BLOCK
 from jevons.plan import count_parameters
 
 # V3's block throughout, every matrix dimension a multiple of 64: 304 M parameters, 65 M active, 55 M without the embedding.
@@ -89,8 +91,10 @@ def find_gguf(checkpoint: Path, weights: str, directory: Path, say: Callable[[st
 
 
 def weight_bytes(config: ModelConfig, weights: str) -> float:
-    """Bytes of weights that one token's decode step reads: all that are active but the embedding, of which it reads a row.
-    The scales of packed kinds are left out."""
-    counts = count_parameters(config)
-    touched = counts.active - (0 if config.tie_word_embeddings else counts.embedding)
-    return touched * {"float32": 4, "bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5}[weights]
+    """Bytes of weights that one token's decode step reads: all that are active but the embedding, of which it reads a row. With
+    the scales of packed kinds; the few matrices that `pack` leaves alone are counted as if they were packed."""
+    counts, head = count_parameters(config), config.vocab_size * config.hidden_size
+    touched = counts.active - (0 if config.tie_word_embeddings else counts.embedding) - head
+    bits = {"float32": 32.0, "bf16": 16.0, "fp8": 8 + 32 / BLOCK**2} | {
+        kind: bits + 16 / group for kind, (bits, group) in INTEGERS.items()}
+    return (touched * bits[weights] + head * bits["int8" if weights == "int4" else weights]) / 8

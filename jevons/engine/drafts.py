@@ -30,15 +30,15 @@ class Drafts(dict[Sequence, list[int]]):
         if self.speculation.enrol():
             self[sequence] = []
 
-    def make(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], batch: int) -> None:
-        """Run the module over what was just computed, and set the running sequences' drafts for a pass of `batch`.
+    def make(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], running: int) -> None:
+        """Run the module over what was just computed, and set the drafts of the `running` sequences for their next pass.
 
         `parts`: (sequence, the position of its first token, how many, the row of `hidden` that holds its last)."""
         parts, (ahead, drawn), self._ahead = [part for part in parts if part[0] in self], self._ahead or (None, []), None
         if ahead is not None:
             parts, most = [part for part in parts if not self._made(ahead, drawn, *part)], ahead.most
         else:
-            most = self.speculation.drafts(batch) if parts else 0
+            most = self.speculation.drafts(max(1, running)) if parts else 0
         if most is None:
             for sequence, *_ in parts:
                 del self[sequence]
@@ -46,25 +46,31 @@ class Drafts(dict[Sequence, list[int]]):
             return
         for sequence, *_ in parts:
             self[sequence] = []
-        few = [part for part in parts if part[0].row is not None and part[2] <= FEW]
-        if few and self._natively(hidden, few, most):
+        few = [part for part in parts if part[2] <= FEW]
+        if few and self._natively(hidden, few, most, running):
             parts = [part for part in parts if part not in few]
         if parts:
             self._by_layers(hidden, parts, most)
 
     def _wanted(self, sequence: Sequence, end: int, most: int) -> int:
-        """Drafts after `end` computed tokens: none past the limit, and none whose entry would need another page."""
-        return min(most, sequence.limit - sequence.produced - 1, len(sequence.pages) * self.cache.page_size - end + 1)
+        """Drafts after `end` computed tokens: none of a prompt or past the limit, and none whose entry would need another page."""
+        return 0 if sequence.row is None else min(most, sequence.limit - sequence.produced - 1, len(sequence.pages) * self.cache.page_size - end + 1)
 
-    def _natively(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], most: int) -> bool:
+    def _natively(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], most: int, running: int) -> bool:
         """All of it in one call; False where it cannot be."""
         sequences, starts, counts, last = map(list, zip(*parts, strict=True))
         if self.rows.native is None:
             return False
+        rows = []
+        for sequence in sequences:
+            rows.append(running if sequence.row is None else sequence.row)
+            if sequence.row is None:
+                self.rows.lend(sequence, running)
+                running += 1
         tokens = [i for s, start, count, _ in parts for i in s.tokens[start + 1 : start + count + 1]]
         wanted = [self._wanted(s, start + count, most) for s, start, count, _ in parts]
-        drafts = self.model.native_mtp[0].draft(hidden, last, tokens, counts, starts, [s.row for s in sequences], wanted,
-                                                self.rows.native, self.model.rope, self.cache)
+        drafts = self.model.native_mtp[0].draft(hidden, last, tokens, counts, starts, rows, wanted, self.rows.native,
+                                                self.model.rope, self.cache)
         if drafts is None:
             return False
         self.update(zip(sequences, drafts, strict=True))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -264,7 +264,16 @@ class Engine:
         given += [s.tokens[s.computed : s.computed + more] for s, more in chunks]
         sequences = [*running, *(s for s, _ in chunks)]
         starts, ends, stride = [s.computed for s in sequences], list(accumulate(map(len, given))), 0
-        if chunks:
+        if chunks and running and self.passes.together(given[count:], len(given)):
+            for row, (sequence, _) in enumerate(chunks, count):
+                self.rows.lend(sequence, row)
+            chosen = [end - 1 for (s, more), end in zip(chunks, ends[count:], strict=True)
+                      if s.computed + more >= s.goal and not s.produced]
+            flat, picked = list(chain(*given)), [*range(ends[count - 1]), *chosen]
+            hidden, logits, tokens, logprobs = self.rows.step(self.model, self.cache, 0, flat, list(map(len, given)), starts,
+                                                              picked=picked)
+            fresh = [(s, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True) if self._read_on(s, more)]
+        elif chunks:
             hidden = self.passes.read(sequences, given)
             fresh = [(s, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True) if self._read_on(s, more)]
             logits, tokens, logprobs = self._choose(hidden, running, given, fresh)
@@ -298,7 +307,7 @@ class Engine:
         if self.drafts:
             parts += [(s, s.computed - more, more, end - 1) for (s, more), end in zip(chunks, ends[count:], strict=True)
                       if s not in ended]
-            self.drafts.make(hidden, parts, max(1, len(self.scheduler.running)))
+            self.drafts.make(hidden, parts, len(self.scheduler.running))
         if not chunks:
             asked = max(map(len, drafts))
             # without drafts, what the module does is for a comparison

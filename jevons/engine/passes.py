@@ -17,6 +17,7 @@ from jevons.engine.scheduler import Sequence
 from jevons.model import CausalLM, KVCache, build_meta
 
 SHARED = 16  # rows, or prompts, of a small model from which every core runs its share of them by itself
+SHORT = 64  # tokens of prompts up to which the calls around a pass are felt; attention over more of them may have a faster way
 MIXED = 256  # tokens that rows and prompts may have in one pass; with more, it saves little
 
 
@@ -37,6 +38,10 @@ class Passes:
             return parts[0]
         logits, tokens, logprobs = zip(*parts, strict=True)
         return torch.cat(logits), list(chain(*tokens)), list(chain(*logprobs))
+
+    def together(self, prompts: list[list[int]], sequences: int) -> bool:
+        """Whether these parts of prompts go into one call with the rows that run, head and draw included."""
+        return sum(map(len, prompts)) <= SHORT and (self.pool is None or sequences < SHARED)
 
     def read(self, sequences: list[Sequence], given: list[list[int]]) -> torch.Tensor:
         """Hidden states of the tokens that follow what is computed of each sequence, one sequence's after the other."""

@@ -29,12 +29,16 @@ class Rows:
 
     def set(self, sequence: Sequence) -> None:
         """Fill the row of a sequence that begins to run."""
-        row, params = sequence.row, sequence.request.params
+        self.lend(sequence, sequence.row)
+        self.follow(sequence)
+
+    def lend(self, sequence: Sequence, row: int) -> None:
+        """Its pages and how it is drawn, to `row`: of a sequence that is in none one past those that are, until one begins there."""
+        params = sequence.request.params
         self.temperature[row] = params.temperature if params.temperature > COLDEST else 0.0
         self.top_p[row] = params.top_p
         self.seed[row] = params.seed % 2**64
-        self.grow(sequence, 0)
-        self.follow(sequence)
+        self.table[row, : len(sequence.pages)] = torch.tensor(sequence.pages, device=self.table.device)
 
     def follow(self, sequence: Sequence) -> None:
         """Length and last token are the sequence's."""
@@ -73,17 +77,20 @@ class Rows:
         return done
 
     def step(self, model: CausalLM, cache: KVCache, first: int, tokens: list[int], counts: list[int], contexts: list[int],
-             ahead: Ahead | None = None) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
+             ahead: Ahead | None = None, picked: list[int] | None = None,
+             ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
         """The rows from `first` on, each with counts[i] of the tokens, from position contexts[i] on: hidden states, logits, and
-        of each the token that comes next, with its log-prob. `ahead` asks for drafts, where they come in the same call."""
+        of each the token that comes next, with its log-prob. `ahead` asks for drafts, where they come in the same call;
+        `picked`: the tokens of which there are logits, and what follows from them."""
         rows = range(first, first + len(counts))
         if self.native is not None and (
-                done := model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache, ahead)):
+                done := model.native.step(tokens, counts, contexts, rows, self.native, model.rope, cache, ahead, picked)):
             return done
         meta = build_meta(self.table[first : rows.stop], contexts, counts, cache.page_size)
         hidden = model(torch.tensor(tokens, device=self.table.device), meta.positions_N, cache, meta)
-        logits = model.logits(hidden)
-        drawn, logprobs = self.choose(logits, meta.sequence_N.cpu() + first, meta.positions_N.cpu() + 1)
+        which = slice(None) if picked is None else torch.tensor(picked, dtype=torch.long)
+        logits = model.logits(hidden[which])
+        drawn, logprobs = self.choose(logits, (meta.sequence_N.cpu() + first)[which], (meta.positions_N.cpu() + 1)[which])
         return hidden, logits, drawn.tolist(), logprobs.tolist()
 
     def tables(self, sequences: list[Sequence]) -> torch.Tensor:

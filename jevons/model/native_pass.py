@@ -78,7 +78,8 @@ class CStep(ctypes.Structure):
     """`Step` of pass.cpp."""
 
     _fields_ = [("sequences", c_int64), ("page_size", c_int64), *[(name, c_void_p) for name in ("contexts", "counts", "rows")],
-                ("all", c_void_p), ("head", CProjection), *[(name, c_void_p) for name in ("logits", "drawn", "logprobs")]]
+                ("all", c_void_p), ("head", CProjection), *[(name, c_void_p) for name in ("logits", "drawn", "logprobs")],
+                ("picks", c_int64), ("picked", c_void_p)]
 
 
 class CDraft(ctypes.Structure):
@@ -143,10 +144,11 @@ class NativePass:
         return out
 
     def step(self, tokens: list[int], counts: list[int], contexts: list[int], rows: Sequence[int], params: CRows,
-             rope: torch.Tensor, cache: KVCache, ahead: Ahead | None = None,
+             rope: torch.Tensor, cache: KVCache, ahead: Ahead | None = None, picked: Sequence[int] | None = None,
              ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]] | None:
         """Sequences' tokens, counts[i] from position contexts[i] on: hidden states [N, D], logits [N, V], and the token that row
-        rows[i] draws after each, with its log-prob. None, and IndexError, as above."""
+        rows[i] draws after each, with its log-prob; logits and what follows only of the tokens `picked`, where it is given (and
+        `ahead` is not). None, and IndexError, as above."""
         like, n, room = self.modules[2].weight, len(tokens), ()
         if not self._fits(like, n, cache) or self.head is None:
             return None
@@ -155,12 +157,13 @@ class NativePass:
                 room = ahead.room
             else:
                 ahead = None
-        out, logits = torch.empty(n, like.shape[1], dtype=like.dtype), torch.empty(n, self.head.rows, dtype=like.dtype)
-        array, (flat, *where, room_at) = _integers(tokens, contexts, counts, rows, room)
-        drawn, logprobs = (c_int64 * n)(), (c_float * n)()
+        picks = n if picked is None else len(picked)
+        out, logits = torch.empty(n, like.shape[1], dtype=like.dtype), torch.empty(picks, self.head.rows, dtype=like.dtype)
+        array, (flat, *where, room_at, picked_at) = _integers(tokens, contexts, counts, rows, room, picked or ())
+        drawn, logprobs = (c_int64 * picks)(), (c_float * picks)()
         call = self._call(flat, n, out.data_ptr(), rope, cache, 0)
         step = CStep(len(counts), cache.page_size, *where, ctypes.addressof(params), self.head, logits.data_ptr(),
-                     ctypes.addressof(drawn), ctypes.addressof(logprobs))
+                     ctypes.addressof(drawn), ctypes.addressof(logprobs), picks, None if picked is None else picked_at)
         step.kept, draft = array, None
         if ahead is not None:
             drafts = (c_int64 * (len(counts) * ahead.most))()

@@ -72,6 +72,8 @@ struct Step {
   void* logits;  // [n, vocabulary], and what is drawn from them; a draft needs none of these
   int64_t* drawn;
   float* logprobs;
+  int64_t picks;  // where `picked` is not null, so many of the n tokens have logits, and a step has no draft
+  const int64_t* picked;
 };
 
 // wanted[s] drafts of each sequence, the rest of its `most` as they are. Its last token's state is row last[s] of `hidden`, those
@@ -310,6 +312,7 @@ Outcome run_drafts(const Step& step, const Draft& draft, const int64_t* tokens) 
       s.live[going] = s.live[i], s.rows_of[going] = s.rows_of[i], s.contexts[going++] = s.positions[s.starts[i + 1] - 1] + 1;
     }
     s.live.resize(going), s.tokens.resize(going), s.logprobs.resize(going), s.ones.assign(going, 1), s.from.resize(going);
+    if (!going) break;
     void* logits = room(s.logits, going * step.head.rows * (width / call.dim));
     head(step, call, hidden, going, logits);
     draw(step, call, logits, going, s.rows_of.data(), s.contexts.data(), s.tokens.data(), s.logprobs.data());
@@ -337,10 +340,21 @@ extern "C" int32_t jevons_step(const Block* blocks, int64_t count, const Call* g
   const paged::Batch batch = lay(*step, step->sequences, step->rows, step->contexts, step->counts);
   call.batch = &batch, call.positions = s.positions.data();
   if (const Outcome outcome = run_tokens(call, blocks, count)) return outcome;
-  head(*step, call, call.out, call.n, step->logits);
+  void* hidden = call.out;
+  int64_t n = call.n;
   s.from.clear();
   for (int64_t i = 0; i < step->sequences; i++) s.from.insert(s.from.end(), step->counts[i], step->rows[i]);
-  draw(*step, call, step->logits, call.n, s.from.data(), call.positions, step->drawn, step->logprobs);
+  if (step->picked) {
+    const int64_t width = call.dim * (call.bf16 ? 2 : 4);
+    n = step->picks, hidden = room(s.picked, n * width);
+    for (int64_t i = 0; i < n; i++) {  // picked is in order: what is overwritten was read
+      const int64_t at = step->picked[i];
+      memcpy((uint8_t*)hidden + i * width, (uint8_t*)call.out + at * width, width);
+      s.from[i] = s.from[at], s.positions[i] = s.positions[at];
+    }
+  }
+  if (n) head(*step, call, hidden, n, step->logits);
+  if (n) draw(*step, call, step->logits, n, s.from.data(), s.positions.data(), step->drawn, step->logprobs);
   if (!draft) return DONE;
   s.counts.clear(), s.last.clear(), s.wanted.clear(), s.follow.clear();
   for (int64_t i = 0, at = 0; i < step->sequences; at += step->counts[i++]) {
