@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-LEAST_CHUNK = 4  # tokens of prompts that ride in any case, so that every prompt comes to its end
+LEAST_CHUNK = 2  # tokens of prompts that ride in any case, so that every prompt comes to its end
 LONE = 64  # steps of one row whose median is the lone step
 TRIES = 8  # of them before it is believed
 SHARE = 0.2  # of a step's surprise that is learned
