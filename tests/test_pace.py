@@ -83,7 +83,7 @@ def test_a_limit_holds_and_is_used(cost, limit, noise, seed):
     count = 0
     while len(world.steps) < 2000:
         while len(world.scheduler.waiting) < 3:
-            world.submit(str(count), rng.randint(5, 80), rng.randint(2, 45))
+            world.submit(str(count), rng.randint(3, 15), rng.randint(60, 120))  # reading them keeps nobody out
             count += 1
         world.step()
     late = world.steps[1000:]

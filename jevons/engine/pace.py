@@ -17,7 +17,8 @@ LONE = 64  # steps of one row whose median is the lone step
 TRIES = 8  # of them before it is believed
 SHARE = 0.2  # of a step's surprise that is learned
 RARE = 0.01  # steps that may be over the limit
-STRAY = 0.1  # by how much one of them widens the margin
+STRAY = 0.5  # by which share one of them widens the margin
+MARGINS = 1.0, 3.0  # between these; what is wide narrows faster, for a disturbance is no state
 FORGET = 2e-4  # of a cost, at every step that says nothing about it
 
 
@@ -56,7 +57,8 @@ class Pace:
             self._costs[2] = max(0.0, surprise) / prompt
         elif self._steps >= TRIES:
             over = seconds > self._margin * self.cost(rows, prompt)
-            self._margin = max(1.0, self._margin + STRAY * (over - RARE))
+            wide = self._margin - MARGINS[0] + 0.1
+            self._margin = min(max(MARGINS[0], self._margin + STRAY * wide * (over - RARE)), MARGINS[1])
             surprise = min(surprise, self.cost(rows, prompt))  # what was disturbed says little
         sizes = (1, rows, prompt)
         gain = SHARE * surprise / sum(size * size for size in sizes)
