@@ -18,7 +18,7 @@ from nets import lively, llama, nano, plain_logits, qwen2
 from jevons.bench import models
 from jevons.bench.models import BUILT_IN, find_gguf, find_model, weight_bytes
 from jevons.bench.run import FIGURE, MEASURES, Options, check, jobs_of, run
-from jevons.bench.sides import Transformers
+from jevons.bench.sides import Transformers, copied_bytes
 from jevons.bench.worker import Answering, Worker, figures, pack_jobs
 from jevons.bench.workload import (
     Answer,
@@ -292,6 +292,15 @@ def test_sides_agree_with_the_network(tmp_path, make):
                 ids.append(token)
         # one may take another expert where two tie in float16
         assert differ <= (2 if name == "llama.cpp" else 0), name
+
+
+def test_transformers_is_not_run_out_of_memory(tmp_path):
+    pytest.importorskip("transformers")
+    side = Transformers(checkpoint(tmp_path / "c", nano(vocab_size=320)), "float32", 1)
+    assert "batched_mm" in side.options("prefill", [Job([1] * 100, 1)])["experts"]
+    assert "batched_mm" not in side.options("prefill", [Job([1] * 10**8, 1)])["experts"]
+    m = BUILT_IN["M"]()  # 64 prompts of 300 tokens: 150 GB
+    assert copied_bytes(m, "offline", [Job([1] * 300, 9)] * 64) == 64 * 300 * 4 * 3 * 640 * 256 * 4
 
 
 def test_what_the_worker_answers(tmp_path):

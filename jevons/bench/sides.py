@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jevons.bench.workload import Answer, BenchError, Job, Stepper, run_all
+from jevons.runtime import Runtime
 
 BATCHED = ("offline", "load")  # measures of many requests at once; the others are of one
 
@@ -26,6 +27,13 @@ def counts(threads: int) -> list[int]:
 def sizes(jobs: int) -> list[int]:
     """Batch sizes that a side tries, the likelier best one first."""
     return [n for n in (32, 64, 16, 8) if n <= jobs] or [jobs]
+
+
+def copied_bytes(config: Any, what: str, jobs: Sequence[Job]) -> float:
+    """What `batched_mm` takes for the prompts of a call: a copy, in float32, of the chosen experts for every token."""
+    longest = max(len(job.prompt) for job in jobs)
+    tokens = longest * (max(sizes(len(jobs))) if what in BATCHED else 1)
+    return tokens * config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size * 4
 
 
 class Transformers:
@@ -47,8 +55,11 @@ class Transformers:
         if what == "load":
             raise BenchError("generate takes no request while it runs")
         found: dict[str, list[Any]] = {"dtype": ["bfloat16", "float32"], "threads": counts(self.threads)}
-        if getattr(self.transformers.AutoConfig.from_pretrained(self.checkpoint), "n_routed_experts", None):
+        config = self.transformers.AutoConfig.from_pretrained(self.checkpoint)
+        if getattr(config, "n_routed_experts", None):
             found["experts"] = ["grouped_mm", "batched_mm", "eager"]
+            if copied_bytes(config, what, jobs) > Runtime.detect("cpu").memory_gib * 2**30 / 4:
+                found["experts"].remove("batched_mm")
         if what in BATCHED:
             found["batch"] = sizes(len(jobs))
         return found
