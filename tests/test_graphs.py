@@ -57,7 +57,9 @@ def both(model, asked, **options):
         texts.append([c.token_ids for c in done])
         assert (engine.graphs is not None) == graphs
         if graphs:
-            assert {queries for _, queries in engine.graphs.steps} >= {1} and len(engine.graphs.steps) > 1
+            assert len(engine.graphs.steps) > 1
+            # with drafts asked for, a pass of no row with one is chance
+            assert options.get("speculate") or 1 in {queries for _, queries in engine.graphs.steps}
         engine.scheduler.check_integrity()
     for r, static, plain in zip(asked, *texts, strict=True):
         explain(model, r, static)
