@@ -30,7 +30,7 @@ from jevons.store.checkpoint import load_checkpoint
 
 NEVER = -1  # an eos that no model produces: answers have the length that was asked for
 SLOTS = 64
-PACE = 2.6  # lone steps that one of `load` may take: under 3 by what two measurements of the lone one differ
+PACE = 2.4  # lone steps that one of `load` may take: under 3 by what two measurements of the lone one differ
 PREFIX_REQUESTS, PREFIX_SHARE = 32, 0.9
 
 
