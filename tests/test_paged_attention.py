@@ -231,14 +231,19 @@ def test_native_layer_is_the_gathering_one(name, cache_dtype, dtype, monkeypatch
 @needs_native
 def test_prompts_expand_where_that_is_less_work(monkeypatch):
     """Fresh prompts do, chunks of many tokens do, decode and drafts over a long context do not: by multiplications, counted one
-    by one. The hidden states are the same to 1e-4."""
+    by one. The hidden states are the same to 1e-4. Where few are saved, a whole pass stays one native call."""
     config = nano(kv_lora_rank=64, num_nextn_predict_layers=0, max_position_embeddings=512)
     model, taken, real = lively(config), [], attention.MLA._attend_expanded
     monkeypatch.setattr(attention.MLA, "_attend_expanded", lambda *args: (taken.append(1), real(*args))[1])
     heads, latent, rotary = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     both = config.qk_nope_head_dim + config.v_head_dim
+
+    def worth(multiplications):
+        monkeypatch.setattr(attention, "EXPAND", multiplications)
+        monkeypatch.setitem(attention.LEAVE, torch.float32, multiplications)
+
     for contexts, lens in ([0, 0], [40, 3]), ([300, 9], [1, 1]), ([300], [4]), ([90], [80]), ([200, 0, 3], [2, 60, 30]):
-        monkeypatch.setattr(attention, "EXPAND", 0)
+        worth(0)
         absorbed = expanded = 0
         for context, length in zip(contexts, lens, strict=True):
             for i in range(length):
@@ -252,9 +257,13 @@ def test_prompts_expand_where_that_is_less_work(monkeypatch):
             first = model(ids, meta.positions_N, cache, meta)
             assert bool(taken) == (expanded < absorbed and max(lens) > 1)
             cache.data.copy_(before)
-            monkeypatch.setattr(attention, "EXPAND", -(10**12) if not taken else 10**12)
+            worth(10**12 if taken else -(10**12))
             torch.testing.assert_close(model(ids, meta.positions_N, cache, meta), first, atol=1e-4, rtol=1e-4)
-        taken.clear()
+            taken.clear()
+            monkeypatch.setattr(attention, "EXPAND", 0)
+            monkeypatch.setitem(attention.LEAVE, torch.float32, 2**25)
+            model(ids, meta.positions_N, cache, meta)
+            assert not taken
 
 
 @needs_native

@@ -53,8 +53,10 @@ class Drafts(dict[Sequence, list[int]]):
             self._by_layers(hidden, parts, most)
 
     def _wanted(self, sequence: Sequence, end: int, most: int) -> int:
-        """Drafts after `end` computed tokens: none of a prompt or past the limit, and none whose entry would need another page."""
-        return 0 if sequence.row is None else min(most, sequence.limit - sequence.produced - 1, len(sequence.pages) * self.cache.page_size - end + 1)
+        """Drafts after `end` computed tokens: none of a prompt, past the limit, or whose entry would need another page."""
+        if sequence.row is None:
+            return 0
+        return min(most, sequence.limit - sequence.produced - 1, len(sequence.pages) * self.cache.page_size - end + 1)
 
     def _natively(self, hidden: torch.Tensor, parts: list[tuple[Sequence, int, int, int]], most: int, running: int) -> bool:
         """All of it in one call; False where it cannot be."""

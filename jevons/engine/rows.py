@@ -33,7 +33,7 @@ class Rows:
         self.follow(sequence)
 
     def lend(self, sequence: Sequence, row: int) -> None:
-        """Its pages and how it is drawn, to `row`: of a sequence that is in none one past those that are, until one begins there."""
+        """Its pages, and how it is drawn, to `row`: for a sequence without one, a row past those in use, until it is taken."""
         params = sequence.request.params
         self.temperature[row] = params.temperature if params.temperature > COLDEST else 0.0
         self.top_p[row] = params.top_p

@@ -23,6 +23,7 @@ INNER_EPS = 1e-6  # DeepSeek's published code gives the inner norms no eps: rms_
 MOST_SCORES = 2**24  # what `attend_gathered` holds at a time (64 MiB in float32)
 MOST_EXPANDED = 2**24  # elements of per-head keys and values that a prompt holds at a time
 EXPAND = 2**22  # multiplications saved under which expanding is not worth its calls: under 0.1 ms
+LEAVE = {torch.float32: 2**25, torch.bfloat16: 2**29}  # the same where a pass is one native call
 
 
 class ShortCausalAttention(torch.autograd.Function):
@@ -203,9 +204,9 @@ class MLA(nn.Module):
             out_HNC = attend_paged(self.paged, q, cache, layer, meta).transpose(0, 1)
         return self.o_proj(kernels.heads(out_HNC.transpose(0, 1), w_v, across=False).transpose(0, 1).flatten(1))
 
-    def expands(self, meta: BatchMeta) -> bool:
-        """Whether keys and values per head are the faster way for these tokens."""
-        return meta.max_query > 1 and self.saved_by_expanding(meta) > EXPAND
+    def expands(self, meta: BatchMeta, least: int | None = None) -> bool:
+        """Whether keys and values per head are the faster way for these tokens: they save more than `least` multiplications."""
+        return meta.max_query > 1 and self.saved_by_expanding(meta) > (EXPAND if least is None else least)
 
     def saved_by_expanding(self, meta: BatchMeta) -> int:
         """Multiplications that per-head keys and values save over the latent: a pair costs nope + R + v, not 2 C + R, and

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jevons.model.attention import MLA
+from jevons.model.attention import LEAVE, MLA
 from jevons.model.cache import BatchMeta, KVCache
 from jevons.model.layers import Linear, RMSNorm
 from jevons.model.moe import ExpertBank, MoE
@@ -132,7 +132,7 @@ class NativePass:
         like = self.modules[2].weight if x is None else x
         if meta.static or not self._fits(like, len(positions_N), cache):
             return None
-        if isinstance(attention := self.modules[0][0].self_attn, MLA) and attention.expands(meta):
+        if isinstance(attention := self.modules[0][0].self_attn, MLA) and attention.expands(meta, LEAVE[like.dtype]):
             return None
         x = None if x is None else x.clone(memory_format=torch.contiguous_format)
         out, positions = torch.empty(len(positions_N), like.shape[1], dtype=like.dtype), positions_N.contiguous()
