@@ -38,6 +38,7 @@ from jevons.model import CausalLM
 from jevons.model.pack import pack
 from jevons.numerics import IntWeight
 from jevons.plan import count_parameters
+from jevons.runtime import Runtime
 from jevons.store.checkpoint import save_checkpoint
 from jevons.terminal.bench import sections
 
@@ -294,12 +295,14 @@ def test_sides_agree_with_the_network(tmp_path, make):
         assert differ <= (2 if name == "llama.cpp" else 0), name
 
 
-def test_transformers_is_not_run_out_of_memory(tmp_path):
+def test_transformers_is_not_run_out_of_memory(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    side = Transformers(checkpoint(tmp_path / "c", nano(vocab_size=320)), "float32", 1)
-    assert "batched_mm" in side.options("prefill", [Job([1] * 100, 1)])["experts"]
-    assert "batched_mm" not in side.options("prefill", [Job([1] * 10**8, 1)])["experts"]
-    m = BUILT_IN["M"]()  # 64 prompts of 300 tokens: 150 GB
+    config, job, runtime = nano(vocab_size=320), Job([1] * 100, 1), Runtime.detect("cpu")
+    side, needed = Transformers(checkpoint(tmp_path / "c", config), "float32", 1), copied_bytes(config, "prefill", [job])
+    for memory, fits in ((4.01 * needed, True), (3.99 * needed, False)):
+        monkeypatch.setattr(Runtime, "detect", lambda _, memory=memory: replace(runtime, memory_gib=memory / 2**30))
+        assert ("batched_mm" in side.options("prefill", [job])["experts"]) == fits
+    m = BUILT_IN["M"]()  # 64 prompts of 300 tokens: 151 GB
     assert copied_bytes(m, "offline", [Job([1] * 300, 9)] * 64) == 64 * 300 * 4 * 3 * 640 * 256 * 4
 
 

@@ -57,7 +57,7 @@ class Pace:
             self._costs[2] = max(0.0, surprise) / prompt
         elif self._steps >= TRIES:
             over = seconds > self._margin * self.cost(rows, prompt)
-            wide = self._margin - MARGINS[0] + 0.1
+            wide = self._margin - MARGINS[0] + 0.1  # not 0 where it is narrowest
             self._margin = min(max(MARGINS[0], self._margin + STRAY * wide * (over - RARE)), MARGINS[1])
             surprise = min(surprise, self.cost(rows, prompt))  # what was disturbed says little
         sizes = (1, rows, prompt)

@@ -121,7 +121,7 @@ extern "C" void jevons_experts(const Routed* routed, const Expert* shared, void*
   const int threads = threads_for(bytes, 1);
   pool.run(n, 4, n < 16 ? 1 : threads, [&](int64_t m) { fill_row(in, m, x.at(m), x.bf16, s.jobs[0].expert.up); });
   if (copied) pool.run(total, 16, threads, [&](int64_t i) { copy_row(in, s.token[i], n + i); });
-  const bool few = n <= 4;  // then every unit takes the time of reading it
+  const bool few = n <= READING;
   auto chunk = [&](int64_t units) { return std::max<int64_t>(2, units / ((few ? 16 : 4) * threads)); };
   pool.run(inner_units, chunk(inner_units), threads, inner, few);
   pool.run(s.jobs.size(), 1, threads, [&](int64_t j) { refill(s.jobs[j]); });

@@ -4,7 +4,6 @@
 
 static const int64_t BATCH = 256;         // rows of x that are prepared together: they stay in the second-level cache
 static const int64_t CHUNK_BYTES = 1 << 16;
-static const int64_t FEW = 4;             // rows of x up to which reading is what takes time
 
 static void multiply(const Weight* parts, int32_t count, const Matrix& x, int64_t rows, const Matrix* bias, const Matrix& y) {
   static thread_local Room own_room;
@@ -32,7 +31,7 @@ static void multiply(const Weight* parts, int32_t count, const Matrix& x, int64_
           store_numbers(y.at(first + m, column + begin), y.bf16, load<f32x16>(out + m * PANEL) + b, width);
       };
       if (again) Pool::get().run(n, 4, n < 16 ? 1 : threads, fill);
-      Pool::get().run(panels, chunk, threads, work, n <= FEW);
+      Pool::get().run(panels, chunk, threads, work, n <= READING);
       column += w.rows;
     }
   }

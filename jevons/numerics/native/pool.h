@@ -106,5 +106,7 @@ class Pool {
   }
 };
 
+static const int64_t READING = 4;  // rows of inputs up to which reading the weights is what takes time: long streams first
+
 // Threads for work that reads so many bytes of weights for so many rows; below a limit another thread is not worth waking.
 static inline int threads_for(int64_t bytes, int64_t rows) { return bytes * rows >= (1 << 19) ? omp_get_max_threads() : 1; }
