@@ -2,7 +2,7 @@
 
 import { h, s } from "./dom.js";
 
-const HEIGHT = 190, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 24;
+const HEIGHT = 190, LEFT = 54, RIGHT = 10, TOP = 10, BOTTOM = 24;
 
 /** Round ticks inside [low, high], about `count` of them, at least `least` apart. */
 export function ticks(low, high, count, least = 0) {
