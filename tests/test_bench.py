@@ -34,7 +34,6 @@ from jevons.bench.workload import (
     tune,
 )
 from jevons.data.tokenizer import train_tokenizer
-from jevons.model import CausalLM
 from jevons.model.pack import pack
 from jevons.numerics import IntWeight
 from jevons.plan import count_parameters
@@ -217,7 +216,7 @@ def test_sizes_of_the_built_in_models():
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_bytes_of_weights_are_those_of_the_packed_model(kind):
     config = qwen2(vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
-    model = pack(CausalLM(config), kind)
+    model = pack(lively(config), kind)
     packed = [w for module in model.modules() for w in vars(module).values() if isinstance(w, IntWeight)]
     plain = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
     read = sum(w.codes.nbytes + w.scale.nbytes for w in packed) + sum(p.nbytes for p in plain)
