@@ -108,7 +108,9 @@ def test_products_against_float64(native, kind, dtype):
         weight = MAKERS[kind](w, dtype)
         y = linear(x, weight, bias)
         assert y.dtype == dtype and y.shape == (rows, out)
-        assert relative_error(y, x, dense(weight, torch.float64), bias) < bound(dtype), (rows, out, columns)
+        # many rows are multiplied by weights that were made bf16: two roundings of 2^-8 instead of one
+        limit = 2**-7 if kind == "fp8" and dtype == torch.bfloat16 and rows > kernels.FEW_FP8 else bound(dtype)
+        assert relative_error(y, x, dense(weight, torch.float64), bias) < limit, (rows, out, columns)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
